@@ -185,13 +185,14 @@ class PairBatch:
         moved = {name: x.to(device, non_blocking=True) for name, x in columns.items() if isinstance(x, Tensor)}
         return PairBatch(**columns | moved | {'cache': {}})
 
-# %% ../nbs/04_batches.ipynb #dd1f9b09
+# %% ../nbs/04_batches.ipynb #fadd8fda
 def sum_by_completion(
     values: Tensor,     # `(S,)` one number for each scored token
     batch: PairBatch,   # says which completion each belongs to
 ) -> Tensor: # `(2, B)` sums; axis 0 is (chosen, rejected)
-    "Sum token values over each completion."
-    return values.new_zeros(2*len(batch)).index_add(0, batch.segments, values).view(2, len(batch))
+    "Sum token values over each completion, in float64 and rounded once at the end."
+    wide = values if values.device.type == 'mps' or not values.is_floating_point() else values.double()
+    return wide.new_zeros(2*len(batch)).index_add(0, batch.segments, wide).view(2, len(batch)).to(values.dtype)
 
 def scored_lengths(
     batch: PairBatch, # packed pairs

@@ -43,7 +43,7 @@ def padded_inputs(
     sizes = torch.tensor([len(row) for row in rows], device=ids.device)
     return ids, (torch.arange(length, device=ids.device) < sizes[:, None]).long(), places
 
-# %% ../nbs/05_logprobs.ipynb #e8c2e620
+# %% ../nbs/05_logprobs.ipynb #37997672
 def at_least_float32(x: Tensor) -> Tensor:
     "`x` in float32, or in float64 if it is."
     return x.to(torch.promote_types(x.dtype, torch.float32))
@@ -53,7 +53,8 @@ def target_logps(
     targets: Tensor,    # `(S,)` token ids
 ) -> Tensor: # `(S,)` nats
     "Log-softmax of logits, read off at the targets."
-    return at_least_float32(logits).log_softmax(-1).gather(1, targets[:, None]).squeeze(1)
+    logits = at_least_float32(logits)
+    return logits.gather(1, targets[:, None]).squeeze(1) - logits.logsumexp(-1)
 
 # %% ../nbs/05_logprobs.ipynb #ed866f83
 def padded_logits(
@@ -323,14 +324,15 @@ def pair_logps(
     "Log-probability of each completion, in the order of the batch's rows."
     return sum_by_completion(token_logps(model, batch, layout), batch)
 
-# %% ../nbs/05_logprobs.ipynb #356e3a02
+# %% ../nbs/05_logprobs.ipynb #fef3ff9f
 def scored_log_softmax(
     model: nn.Module, # a causal language model
     batch: PairBatch, # packed pairs
 ) -> Tensor: # `(S, V)` nats
     "The whole distribution at each scored position."
-    logits = padded_logits if find_layout(model) == 'padded' else packed_logits
-    return at_least_float32(logits(model, batch)).log_softmax(-1)
+    read = padded_logits if find_layout(model) == 'padded' else packed_logits
+    logits = at_least_float32(read(model, batch))
+    return logits - logits.logsumexp(-1, keepdim=True)
 
 # %% ../nbs/05_logprobs.ipynb #4354397d
 @torch.no_grad()

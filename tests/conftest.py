@@ -2,6 +2,7 @@
 import os
 import random
 import tempfile
+from pathlib import Path
 
 os.environ.setdefault('TRANSFORMERS_VERBOSITY', 'error')
 os.environ['DPO_LAB_CACHE'] = tempfile.mkdtemp()
@@ -11,7 +12,7 @@ import torch
 
 from dpo_lab.batches import PairRow, encode_pairs
 from dpo_lab.data import load_pairs
-from dpo_lab.models import tiny_model
+from dpo_lab.models import load_policy, tiny_model
 from dpo_lab.reference import reference_logps, with_reference
 from dpo_lab.renderers import get_renderer
 
@@ -70,3 +71,18 @@ def tiny_rows():
         rows = encode_pairs(part, renderer)
         return with_reference(rows, reference_logps(model, rows))
     return ready(pairs.train[:128]), ready(pairs.test[:64])
+
+
+@pytest.fixture(scope='session')
+def smollm2():
+    "A real model and its tokenizer, for tests that leave it as it is."
+    path = os.environ.get('DPO_LAB_SMOLLM2', '')
+    if not Path(path).is_file(): pytest.skip('set DPO_LAB_SMOLLM2 to the path of SmolLM2-135M-Instruct.Q4_1.gguf')
+    return load_policy(path, device='cpu')
+
+
+def shared(name):
+    "Path of a file of real preference pairs."
+    folder = Path(os.environ.get('DPO_LAB_SHARED', Path(__file__).parents[2]/'shared'))/'data'
+    if not (folder/name).exists(): pytest.skip(f'needs {name} of the shared data: set DPO_LAB_SHARED to its folder')
+    return folder/name

@@ -12,6 +12,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from conftest import shared
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from rich.console import Console
@@ -22,7 +23,6 @@ from dpo_lab.data import load_pairs, overlap, read_rows, take_test, token_audit
 
 ROOT = Path(__file__).parent.parent
 FIXTURES = Path(__file__).parent/'data'
-SHARED = Path(os.environ.get('DPO_LAB_SHARED', ROOT.parent/'shared'))/'data'
 PARTS = ('prompt', 'chosen', 'rejected')
 
 @pytest.fixture(autouse=True)
@@ -32,10 +32,6 @@ def own_cache(tmp_path, monkeypatch):
     import huggingface_hub
     monkeypatch.setattr(datasets.config, 'HF_DATASETS_CACHE', tmp_path/'cache')
     for place in (datasets.config, huggingface_hub.constants): monkeypatch.setattr(place, 'HF_HUB_OFFLINE', True)
-
-def shared(name):
-    if not (SHARED/name).exists(): pytest.skip(f'needs {name} of the shared data: set DPO_LAB_SHARED to its folder')
-    return SHARED/name
 
 def said(role, text): return {'role': role, 'content': text}
 PAIR = PreferencePair([said('user', 'Q')], [said('assistant', 'A')], [said('assistant', 'B')], id='x', strength=2.)

@@ -3,11 +3,13 @@ import warnings
 
 import pytest
 import torch
-from conftest import random_model, random_rows
+from conftest import random_model, random_rows, shared
 
-from dpo_lab.batches import collate, pack
+from dpo_lab.batches import collate, encode_pairs, pack
+from dpo_lab.data import load_pairs
 from dpo_lab.logprobs import (LAYOUTS, at_least_float32, completion_confidence, completion_kl, find_layout, pair_logps,
                               restore_attention, scored_log_softmax, token_logps)
+from dpo_lab.renderers import get_renderer
 
 PACKED = ['llama', 'qwen2', 'qwen3', 'mistral', 'gemma2', 'gemma3', 'phi', 'olmo2', 'smollm3', 'gpt2', 'gpt_neox']
 
@@ -16,11 +18,11 @@ def one_by_one(model, row):
     "Log-probs of both completions from two plain forward passes without padding: `(2,)` nats."
     sums = []
     for tokens, scored in ((row.chosen, row.chosen_scored), (row.rejected, row.rejected_scored)):
-        logp = at_least_float32(model(torch.tensor([row.prompt + tokens])).logits[0]).log_softmax(-1)
-        p = len(row.prompt)
+        logits = model(torch.tensor([row.prompt + tokens])).logits[0]
+        logp, p = logits.double().log_softmax(-1), len(row.prompt)
         read = [logp[p+j-1, t] for j, (t, s) in enumerate(zip(tokens, scored)) if s and p + j]
-        sums.append(sum(read, torch.zeros(())))
-    return torch.stack(sums)
+        sums.append(sum(read, torch.zeros((), dtype=torch.float64)))
+    return torch.stack(sums).to(at_least_float32(logits).dtype)
 
 
 @pytest.mark.parametrize('name', PACKED)
@@ -35,6 +37,25 @@ def test_packed_equals_plain(name, dtype, tolerance):
     assert find_layout(model).startswith('packed')
     if (name, dtype) != ('gemma2', torch.float64):      # transformers' own padded Gemma 2 gives NaN in float64
         assert (pair_logps(model, collate(rows), layout='padded') - plain).abs().max() < tolerance
+
+
+@pytest.mark.parametrize('products, tolerance', [('highest', 1e-4), ('medium', 3e-4)])
+@torch.no_grad()
+def test_packed_equals_plain_on_real_pairs(smollm2, products, tolerance):
+    model, tokenizer = smollm2
+    pairs, renderer = load_pairs(str(shared('preferences_en.jsonl'))), get_renderer('chat_template', tokenizer)
+    rows = encode_pairs(pairs.train, renderer, max_length=160)
+    rows = sorted(rows, key=lambda row: -min(map(sum, (row.chosen_scored, row.rejected_scored))))[:3]
+    assert min(sum(row.chosen_scored) for row in rows) > 100
+    before = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision(products)
+    try:
+        plain = torch.stack([one_by_one(model, row) for row in rows], 1)
+        packed = pair_logps(model, collate(rows))
+        padded = pair_logps(model, collate(rows), layout='padded')
+    finally: torch.set_float32_matmul_precision(before)
+    assert plain.abs().max() > 100
+    assert (packed - plain).abs().max() < tolerance and (padded - plain).abs().max() < tolerance
 
 
 @pytest.mark.parametrize('name', ['llama', 'gemma2', 'gpt2'])

@@ -302,12 +302,6 @@ def test_find_device_takes_what_is_there():
 
 # A real model
 
-@pytest.fixture(scope='module')
-def smollm2():
-    path = os.environ.get('DPO_LAB_SMOLLM2', '')
-    if not Path(path).is_file(): pytest.skip('set DPO_LAB_SMOLLM2 to the path of SmolLM2-135M-Instruct.Q4_1.gguf')
-    return load_policy(path, device='cpu')
-
 def test_a_gguf_file_keeps_its_facts_and_answers(smollm2, tmp_path):
     model, tokenizer = smollm2
     assert abs(model.config.rms_norm_eps/1e-5 - 1) < 1e-6
