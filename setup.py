@@ -3,7 +3,7 @@ import shutil
 from configparser import ConfigParser
 from pathlib import Path
 
-from setuptools import setup
+from setuptools import find_namespace_packages, setup
 from setuptools.command.build_py import build_py
 
 root = Path(__file__).parent
@@ -21,7 +21,8 @@ class WithNotebooks(build_py):
     def run(self):
         super().run()
         if self.editable_mode: return
-        for file in [*(root/"nbs").rglob("*.ipynb"), *(root/"nbs").rglob("*.png")]:
+        for file in (root/"nbs").rglob("*.*"):
+            if file.suffix not in (".ipynb", ".png", ".json", ".csv", ".jsonl"): continue
             if {".ipynb_checkpoints", "runs"} & {*file.parts}: continue
             place = Path(self.build_lib)/"dpo_lab"/"nbs"/file.relative_to(root/"nbs")
             place.parent.mkdir(parents=True, exist_ok=True)
@@ -32,7 +33,7 @@ setup(
     name=settings["lib_name"], version=settings["version"], description=settings["description"],
     long_description=(root/"README.md").read_text(encoding="utf-8"), long_description_content_type="text/markdown",
     license=settings["license"], author=settings["author"], keywords=settings["keywords"].split(),
-    python_requires=f">={settings['min_python']}", packages=["dpo_lab"], include_package_data=True,
+    python_requires=f">={settings['min_python']}", packages=find_namespace_packages(include=["dpo_lab*"], exclude=["*__pycache__"]), include_package_data=True,
     package_data={"dpo_lab": ["assets/**/*", "py.typed"]},
     install_requires=lines("requirements"), extras_require=extras,
     entry_points={"console_scripts": lines("console_scripts"), "nbdev": ["dpo_lab=dpo_lab._modidx:d"]},

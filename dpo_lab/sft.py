@@ -364,4 +364,4 @@ def main(
     return run_command(SFTConfig, run_sft, next_steps, 'sft', argv)
 
 # %% ../nbs/10_sft.ipynb #7769cdec
-if __name__ == '__main__': sys.exit(main())
+if __name__ == '__main__' and '__file__' in globals(): sys.exit(main())     # a notebook is no file

@@ -723,4 +723,4 @@ def main(
         return 2
 
 # %% ../nbs/15_sweep.ipynb #7769cdec
-if __name__ == '__main__': sys.exit(main())
+if __name__ == '__main__' and '__file__' in globals(): sys.exit(main())     # a notebook is no file

@@ -914,4 +914,4 @@ def cli(
     return importlib.import_module(f'dpo_lab.{words[0]}').main(words[1:])
 
 # %% ../nbs/09_train.ipynb #7769cdec
-if __name__ == '__main__': sys.exit(main())
+if __name__ == '__main__' and '__file__' in globals(): sys.exit(main())     # a notebook is no file

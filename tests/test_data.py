@@ -22,7 +22,7 @@ from dpo_lab.data import DATASETS, Columns, DPODatasetBuilder, Drop, PreferenceP
 from dpo_lab.data import load_pairs, overlap, read_rows, take_test, token_audit
 
 ROOT = Path(__file__).parent.parent
-FIXTURES = Path(__file__).parent/'data'
+FIXTURES = ROOT/'dpo_lab/assets/examples'
 PARTS = ('prompt', 'chosen', 'rejected')
 
 @pytest.fixture(autouse=True)

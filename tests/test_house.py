@@ -85,3 +85,9 @@ def test_every_public_function_says_what_comes_back():
 def test_the_readme_is_the_index():
     import runpy
     assert (ROOT/'README.md').read_text() == runpy.run_path(str(ROOT/'.ci'/'readme.py'))['readme'](), 'run: make readme'
+
+
+def test_run_all_in_a_notebook_starts_no_command():
+    guards = [line for path in (ROOT/'nbs').glob('*.ipynb') for line in path.read_text().splitlines()
+              if "if __name__ == '__main__'" in line]
+    assert guards and all("'__file__' in globals()" in line for line in guards)
