@@ -1,0 +1,254 @@
+"""dpo_lab beside TRL: the same pairs, tokens, weights and optimiser, in turn, on this machine.
+
+    make bench ARGS='model_name=path/to/model dataset=hhh dataset_path=pairs.jsonl renderer_name=role_colon'
+
+Both first have to agree on log-probs, loss and gradient of the same pairs, or no speed is printed. TRL runs as its
+documentation starts it (live reference, one batch), and tuned: reference precomputed, micro-batch and attention
+searched on pairs that are not timed, the float32 products and the fused optimiser that dpo_lab uses, and the allocator
+settings of the environment for both.
+"""
+import json
+import os
+import platform
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+import warnings
+from pathlib import Path
+
+import chz
+import torch
+
+from dpo_lab.batches import collate, encode_pairs, pack
+from dpo_lab.data import load_pairs
+from dpo_lab.logprobs import base_transformer, find_layout, pair_logps, use_exact_products
+from dpo_lab.models import load_policy
+from dpo_lab.reference import ReferenceColumn, compute_reference, sizes_of, with_reference
+from dpo_lab.renderers import get_renderer, recommended_renderer
+from dpo_lab.training import DPOObjective, make_optimizer, trainable_weights
+
+warnings.filterwarnings('ignore')
+RATE, BETA = 1e-6, .1
+TOLERANCE = {'float32': (1e-3, 1e-5, 1e-3), 'bfloat16': (3., .1, .5)}    # nats, loss, relative error of the gradient
+
+
+@chz.chz
+class Bench:
+    "What is timed."
+    model_name: str = chz.field(default='tiny', doc="folder, GGUF file or hub id")
+    dataset: str = chz.field(default='toy', doc="as in dpo_lab.train")
+    dataset_path: str|None = chz.field(default=None, doc="as in dpo_lab.train")
+    renderer_name: str|None = chz.field(default=None, doc="as in dpo_lab.train")
+    pairs: int = chz.field(default=48, doc="timed pairs")
+    batch_size: int = chz.field(default=8, doc="pairs in an optimiser step")
+    max_length: int = chz.field(default=512, doc="tokens of a side")
+    dtype: str = chz.field(default='float32', doc="of the weights")
+    lora_rank: int = chz.field(default=0, doc="rank of the adapters; 0 trains all weights")
+    micro_batches: str = chz.field(default='1,2,4,8', doc="sizes that TRL may try")
+    attentions: str = chz.field(default='eager,sdpa', doc="attentions that TRL may try")
+    stock: bool = chz.field(default=True, doc="also time TRL as its documentation starts it")
+    contestant: str|None = chz.field(default=None, doc="run only this one for two steps, and print its peak memory")
+    out: str|None = chz.field(default=None, doc="JSON lines file that the result is added to")
+
+
+class Ours:
+    "dpo_lab, as it comes."
+    name = 'dpo_lab'
+    def __init__(self, c, model):
+        self.model, self.objective, self.optimizer = model, DPOObjective(beta=BETA), make_optimizer(model, RATE)
+        find_layout(model)
+
+    def logps(self, rows):
+        with torch.no_grad(): return pair_logps(self.model, collate(rows)).double()
+
+    def refer(self, rows): return with_reference(rows, ReferenceColumn(
+        compute_reference(self.model, rows), torch.tensor(sizes_of(rows))))
+
+    def gradient(self, rows):
+        self.optimizer.zero_grad()
+        return self.objective(self.model, pack(rows), 0)[0]['dpo_loss']
+
+
+class Peer:
+    "TRL's DPOTrainer: its collator, its loss, its reference pass."
+    name = 'trl'
+    def __init__(self, c, model, micro=8, attention='sdpa', live=None):
+        from datasets import Dataset
+        from trl import DPOConfig, DPOTrainer
+        base_transformer(model).set_attn_implementation(attention)
+        self.model, self.optimizer, self.micro = model, make_optimizer(model, RATE), micro
+        dummy = Dataset.from_list([dict(prompt='a', chosen='b', rejected='c')])
+        args = DPOConfig(output_dir=tempfile.mkdtemp(), beta=BETA, max_length=c.max_length, report_to=[], bf16=False,
+                         use_cpu=True, gradient_checkpointing=False, precompute_ref_log_probs=live is None,
+                         disable_tqdm=True)
+        os.environ['TQDM_DISABLE'] = '1'
+        self.trainer = DPOTrainer(model, ref_model=live, args=args, train_dataset=dummy, processing_class=c.tokenizer)
+        self.known = {}
+
+    def inputs(self, rows):
+        examples = [dict(prompt_ids=row.prompt, chosen_ids=row.chosen, rejected_ids=row.rejected) for row in rows]
+        for row, example in zip(rows, examples):
+            if row.index in self.known: example.update(self.known[row.index])
+        return self.trainer.data_collator(examples)
+
+    def chunks(self, rows): return [rows[i:i+self.micro] for i in range(0, len(rows), self.micro)]
+    def reference(self, rows):
+        sides = [self.trainer.compute_ref_log_probs(self.model, self.inputs(part)) for part in self.chunks(rows)]
+        return torch.stack([torch.cat(side) for side in zip(*sides)])
+
+    def logps(self, rows): return self.reference(rows).double()
+    def refer(self, rows):
+        if self.trainer.precompute_ref_logps:
+            for row, (chosen, rejected) in zip(rows, self.reference(rows).T.tolist()):
+                self.known[row.index] = dict(ref_chosen_logps=chosen, ref_rejected_logps=rejected)
+        return rows
+
+    def gradient(self, rows):
+        self.optimizer.zero_grad()
+        total = 0.
+        for part in self.chunks(rows):
+            loss = self.trainer.compute_loss(self.model, self.inputs(part)) * len(part) / len(rows)
+            loss.backward()
+            total += loss.item()
+        return total
+
+
+def step_seconds(contestant, rows):
+    start = time.perf_counter()
+    contestant.gradient(rows)
+    contestant.optimizer.step()
+    return time.perf_counter() - start
+
+
+def refer_seconds(contestant, rows):
+    start = time.perf_counter()
+    rows = contestant.refer(rows)
+    return rows, time.perf_counter() - start
+
+
+def disagreement(ours, peer, rows):
+    "Largest difference in log-probs (nats) and loss, and the relative difference of the gradients of one step."
+    nats = (ours.logps(rows) - peer.logps(rows)).abs().max().item()
+    losses, gradients = [], []
+    for contestant in (ours, peer):
+        losses.append(contestant.gradient(contestant.refer(rows)))
+        gradients.append([p.grad.clone() for p in trainable_weights(contestant.model).values()])
+    off, size = (sum(x.float().norm()**2 for x in xs)**.5 for xs in (
+        [a.float() - b.float() for a, b in zip(*gradients)], gradients[1]))
+    return dict(nats=nats, loss=abs(losses[0] - losses[1]), gradient=(off/size).item())
+
+
+def peak_gflops():
+    "Speed of a float32 product of this model's size, at the present setting."
+    a, b = torch.randn(2048, 576), torch.randn(576, 1536)
+    def run(n=20):
+        start = time.perf_counter()
+        for _ in range(n): a @ b
+        return 2*n*2048*576*1536 / (time.perf_counter() - start) / 1e9
+    return max(run() for _ in range(5))
+
+
+def work(c, model, rows):
+    "GFLOP that one exact step on these rows cannot avoid, without attention."
+    config = model.config.get_text_config()
+    head = config.vocab_size * config.hidden_size
+    body = sum(p.numel() for n, p in model.named_parameters() if 'lora_' not in n) - head
+    tokens, scored = sum(row.num_tokens for row in rows), sum(sizes_of(rows))
+    return (4 if c.lora_rank else 6) * (body*tokens + head*scored) / 1e9
+
+
+def peak_memory(c, name):
+    "GB that a process takes to run one contestant for two steps."
+    words = [f'{k}={v}' for k, v in chz.asdict(c).items() if v is not None and k not in ('out', 'contestant', 'stock')]
+    out = subprocess.run([sys.executable, __file__, *words, f'contestant={name}'], capture_output=True, text=True)
+    if out.returncode: raise RuntimeError(out.stderr[-2000:])
+    return float(out.stdout.split()[-1])
+
+
+class Place:
+    "The configuration with what is loaded once."
+    def __init__(self, c):
+        self.c, (model, self.tokenizer) = c, load_policy(c.model_name)
+        renderer = c.renderer_name or recommended_renderer(self.tokenizer, model.config)[0]
+        pairs = load_pairs(c.dataset, c.dataset_path).train
+        rows = encode_pairs(pairs, get_renderer(renderer, self.tokenizer), max_length=c.max_length)
+        self.rows, self.others = rows[:c.pairs], rows[c.pairs:c.pairs + c.batch_size]
+        if len(self.others) < c.batch_size: raise SystemExit(f'{len(rows)} pairs are too few for pairs={c.pairs}')
+    def __getattr__(self, name): return getattr(self.c, name)
+    def model(self): return load_policy(self.c.model_name, dtype=self.c.dtype, lora_rank=self.c.lora_rank)[0]
+
+
+def search(c):
+    "The settings under which TRL is fastest, and what was tried."
+    tried = {}
+    for attention in c.attentions.split(','):
+        for micro in map(int, c.micro_batches.split(',')):
+            peer = Peer(c, c.model(), micro, attention)
+            rows = peer.refer(c.others)
+            name = f'{attention}, {micro}'
+            tried[name] = min(step_seconds(peer, rows) for _ in range(3)) / len(rows)
+            print(f'  TRL with attention and micro-batch {name}: {tried[name]:.3f} s a pair')
+    attention, micro = min(tried, key=tried.get).split(', ')
+    return dict(attention=attention, micro=int(micro)), tried
+
+
+def main(c):
+    products, place = use_exact_products(), Place(c)
+    if c.contestant:
+        kind = Ours(place, place.model()) if c.contestant == 'dpo_lab' else Peer(
+            place, place.model(), int(c.micro_batches.split(',')[0]), c.attentions.split(',')[0])
+        rows = kind.refer(place.rows[:2*c.batch_size])
+        for i in (0, c.batch_size): step_seconds(kind, rows[i:i+c.batch_size])
+        peak = next(line.split()[1] for line in open('/proc/self/status') if line.startswith('VmHWM'))
+        return print(int(peak) / 1e6)
+    best, tried = search(place)
+    ours, peer = Ours(place, place.model()), Peer(place, place.model(), **best)
+    differ = disagreement(ours, peer, place.others)
+    print('  they differ by', ', '.join(f'{k} {v:.1e}' for k, v in differ.items()))
+    if any(value > limit for value, limit in zip(differ.values(), TOLERANCE[c.dtype])):
+        raise SystemExit(f'dpo_lab and TRL do not compute the same thing: {differ}, allowed {TOLERANCE[c.dtype]}')
+    contestants = {'dpo_lab': ours, 'trl_tuned': peer}
+    if c.stock: contestants['trl_stock'] = Peer(place, place.model(), c.batch_size, 'sdpa', live=place.model())
+    ready, reference, steps = {}, {}, {name: [] for name in contestants}
+    for name, contestant in contestants.items():
+        ready[name], seconds = refer_seconds(contestant, place.rows)
+        reference[name] = seconds / c.pairs
+        step_seconds(contestant, contestant.refer(place.others))          # warm
+    gflops = peak_gflops()
+    for i in range(0, c.pairs, c.batch_size):
+        for name, contestant in contestants.items():                    # in turn: a busy machine is unfair to none
+            if name == 'trl_stock': torch.set_float32_matmul_precision('highest')
+            steps[name].append(step_seconds(contestant, ready[name][i:i+c.batch_size]) / c.batch_size)
+            use_exact_products()
+        print(f'  step {i//c.batch_size}:', ', '.join(f'{k} {v[-1]:.3f}' for k, v in steps.items()), 's a pair')
+    median = {name: statistics.median(seconds) for name, seconds in steps.items()}
+    padded = sum(peer.inputs(part)['input_ids'].numel() for part in peer.chunks(place.rows))
+    tuned = chz.replace(c, micro_batches=str(best['micro']), attentions=best['attention'])
+    result = {
+        'asked': {k: v for k, v in chz.asdict(c).items() if k not in ('out', 'contestant', 'dataset_path')}
+                 | {'model_name': Path(c.model_name).name},
+        'machine': machine(products), 'tokens': {'unique': sum(r.num_tokens for r in place.rows), 'padded': padded,
+                                                'scored': sum(sizes_of(place.rows))},
+        'differ': differ, 'best': best, 'tried': tried, 'seconds': median, 'steps': steps, 'reference': reference,
+        'ratios': {name: statistics.median(b/a for a, b in zip(steps['dpo_lab'], steps[name]))
+                   for name in contestants if name != 'dpo_lab'},
+        'share_of_peak': work(c, ours.model, place.rows) / c.pairs / median['dpo_lab'] / gflops,
+        'sweep_of_6': (6*median['trl_tuned'] + 6*reference['trl_tuned']) / (6*median['dpo_lab'] + reference['dpo_lab']),
+        'memory_gb': {name: peak_memory(tuned, name) for name in ('dpo_lab', 'trl')}}
+    print(json.dumps({k: v for k, v in result.items() if k not in ('steps', 'tried')}, indent=1))
+    if c.out:
+        with open(c.out, 'a') as f: f.write(json.dumps(result) + '\n')
+
+
+def machine(products):
+    "Where it ran."
+    import trl
+    cpu = next((line.split(':')[1].strip() for line in open('/proc/cpuinfo') if line.startswith('model name')),
+               platform.processor()) if os.path.exists('/proc/cpuinfo') else platform.processor()
+    return dict(cpu=cpu, threads=torch.get_num_threads(), torch=torch.__version__, trl=trl.__version__,
+                products=products, allocator={k: v for k, v in os.environ.items() if k.startswith('MALLOC_')})
+
+
+if __name__ == '__main__' and '__file__' in globals(): main(chz.entrypoint(Bench))
