@@ -24,13 +24,13 @@ from dpo_lab.data import PreferencePair, load_pairs
 from dpo_lab.logprobs import scored_log_softmax
 from dpo_lab.losses import LOSSES
 from dpo_lab.models import tiny_model
-from dpo_lab.reference import ReferenceColumn, compute_reference, reference_logps, sizes_of, with_reference
+from dpo_lab.reference import reference_logps, with_reference
 from dpo_lab.renderers import get_renderer
-from dpo_lab.toy import is_well_formed, prompts, sample_reviews, toy_reward
-from dpo_lab.training import DPOObjective, evaluate_pairs, make_optimizer, train
+from dpo_lab.toy import is_well_formed, prompts, toy_reward
+from dpo_lab.training import DPOObjective, make_optimizer, train
 
-SEEDS, BATCH = range(3), 16
-MARKS = (10, 25, 50, 100, 200)      # steps at which the frontier is measured
+SEEDS, BATCH, WARMUP = range(3), 16, 10
+MARKS = (10, 25, 50, 100, 150, 200)      # steps at which the frontier is measured
 SERIES = {                          # name: (loss, beta, learning rate)
     **{f'DPO, β = {beta}': ('sigmoid', beta, 5e-4) for beta in (.05, .1, 1., 5.)},
     'DPO, β = 0.05, twice the rate': ('sigmoid', .05, 1e-3),
@@ -50,26 +50,46 @@ class Lab:
         return with_reference(rows, reference_logps(self.reference, rows))
 
     def trained(self, rows, loss, beta, learning_rate, steps, seed):
-        "Train a copy of the model at a level rate; yields the step and the policy after that many updates."
+        "Train a copy of the model, warmed up, then at a level rate; yields step k and the policy after k updates."
         policy = copy.deepcopy(self.reference)
         def reference_of(batch):    # the TDPO losses compare whole distributions
             with torch.no_grad(): return scored_log_softmax(self.reference, batch)
         objective = DPOObjective(loss, beta, live_reference=reference_of)
         optimizer = make_optimizer(policy, learning_rate)
         def batches_of(step): return pack(rows_of_step(rows, step, BATCH, seed))
-        for metrics in train(policy, batches_of, objective, optimizer, steps + 1, lambda step: learning_rate):
+        def rate(step): return learning_rate*min(1, (step + 1)/WARMUP)
+        for metrics in train(policy, batches_of, objective, optimizer, steps + 1, rate):
             yield metrics.step, policy
+
+    def answers(self, policy, asked, seed):
+        "Sampled answers at temperature 1, and the KL from the reference along each, nats."
+        heads = [self.renderer.build_generation_prompt([message('user', prompt)]) for prompt in asked]
+        batch = self.tokenizer.pad(dict(input_ids=heads), padding_side='left', return_tensors='pt')
+        start = batch['input_ids'].shape[1]
+        with torch.no_grad(), torch.random.fork_rng():
+            torch.manual_seed(seed)
+            ids = policy.generate(**batch, do_sample=True, temperature=1., top_k=0, top_p=1., max_new_tokens=24)
+            mask = torch.cat([batch['attention_mask'], torch.ones_like(ids[:, start:])], 1)
+            places = (mask.cumsum(1) - 1).clamp(min=0)
+            p, q = (model(input_ids=ids, attention_mask=mask, position_ids=places).logits[:, start-1:-1].log_softmax(-1)
+                    for model in (policy, self.reference))
+        each = (p.exp()*(p - q)).sum(-1)        # of the next word, exact: its sum estimates the KL of the answer
+        said = ids[:, start:].tolist()
+        kls = [row[:self.length(answer)].sum().item() for row, answer in zip(each, said)]
+        return [self.renderer.parse_response(answer)[0]['content'] for answer in said], kls
+
+    def length(self, answer):
+        "Tokens until the answer has said its stop, or all of them."
+        text = ''
+        for n, token in enumerate(answer, 1):
+            text += self.tokenizer.decode([token])
+            if token == self.tokenizer.eos_token_id or any(stop in text for stop in self.renderer.stop): return n
+        return len(answer)
 
     def worth(self, policy, seed, each=40):
         "What sampled answers to the held-out prompts are worth, and how far they are from the reference."
-        asked = [prompt for prompt in prompts('test') for _ in range(each)]
-        said = sample_reviews(policy, self.tokenizer, asked, seed=seed)
-        pairs = [PreferencePair([message('user', prompt)], [message('assistant', one)], [message('assistant', two)])
-                 for prompt, one, two in zip(asked[::2], said[::2], said[1::2])]    # two answers to a prompt at a time
-        rows = encode_pairs(pairs, self.renderer)
-        rows = with_reference(rows, ReferenceColumn(compute_reference(self.reference, rows), torch.tensor(sizes_of(rows))))
-        ratios = [r[f'{side}_logratio'] for r in evaluate_pairs(policy, rows).pairs for side in ('chosen', 'rejected')]
-        numbers = dict(reward=mean(map(toy_reward, said)), kl=mean(ratios), well_formed=mean(map(is_well_formed, said)),
+        said, kls = self.answers(policy, prompts('test')*each, seed)
+        numbers = dict(reward=mean(map(toy_reward, said)), kl=mean(kls), well_formed=mean(map(is_well_formed, said)),
                        words=mean(len(text.split()) for text in said))
         return {name: round(value, 4) for name, value in numbers.items()}
 
@@ -107,13 +127,13 @@ def frontier(lab, have):
                for step, policy in lab.trained(rows, loss, beta, rate, MARKS[-1], seed) if step in MARKS]
 
 
-def family(lab, have, steps=50):
+def family(lab, have, steps=40):
     "Every loss, at the beta of its paper, on pairs labelled in three ways."
     for seed, how, (name, loss) in itertools.product(SEEDS, LABELS, LOSSES.items()):
         if (name, str(seed), how) in have: continue
         rows = lab.rows([*with_columns(labelled(lab.pairs, how, seed), loss.needs)])
         *_, (_, policy) = lab.trained(rows, name, loss.beta0, 5e-4, steps, seed)
-        yield [dict(series=name, seed=seed, labels=how, **lab.worth(policy, seed))]
+        yield [dict(series=name, seed=seed, labels=how, **lab.worth(policy, seed, each=20))]
 
 
 def main(what):
