@@ -3,7 +3,6 @@
 Everything a page needs lies beside it: formulas become MathML here, search and widgets are two small scripts, and no
 page asks another machine for anything. `docs_api` reads the API, `site/` holds the template, styles and scripts.
 """
-import base64
 import html
 import json
 import re
@@ -131,6 +130,8 @@ def cell_html(cell, page, links, renderer, models):
     parts, exported = [], 'export' in told
     if source and told.get('echo') != 'false':
         names = re.findall(r'^(?:def|class) ([A-Za-z]\w*)', source, re.M) if exported else []
+        names = [name for name in dict.fromkeys(names) if name not in renderer.seen]
+        renderer.seen |= {*names}
         marks = ''.join(f'<a id="{name}"></a>' for name in names)
         parts.append(f'{marks}<div class="cell{" exported" if exported else ""}">{code_html(source)}</div>')
     parts += [output_html(o, page, links, models) for o in cell.outputs]
@@ -174,18 +175,18 @@ def entry_html(entry, module, chapter, page, links):
     "A public name: signature, what it says, its parameters, where it comes from."
     level = 'h3' if '.' in entry.name else 'h2'
     def text(words): return re.sub(r'^<p>|</p>\s*$', '', prose(words, page, links)) if words else ''
-    gives = [('<b>gives</b>', entry.gives[0], '', entry.gives[1])] if entry.gives[1] or entry.rows and entry.gives[0] else []
-    rows = [*entry.rows, *gives]
-    typed = ''.join(f'<tr><td>{name if "<" in name else f"<code>{name}</code>"}</td><td>{code(kind)}</td>'
+    rows = [*entry.rows, *([('<b>gives</b>', entry.gives[0], '', entry.gives[1])] if any(entry.gives) else [])]
+    typed = ''.join(f'<tr><td>{name if "<" in name else code(name)}</td><td>{code(kind)}</td>'
                     f'<td>{code(default)}</td><td>{text(says)}</td></tr>' for name, kind, default, says in rows)
-    table = ('<div class="wide"><table class="parameters"><thead><tr><th></th><th>type</th><th>default</th><th></th></tr>'
-             f'</thead><tbody>{typed}</tbody></table></div>') if typed else ''
+    head = '<thead><tr><th></th><th>type</th><th>default</th><th></th></tr></thead>'
+    table = f'<div class="wide"><table class="parameters">{head}<tbody>{typed}</tbody></table></div>' if typed else ''
+    if not entry.rows: table = f'<p>Gives {text(entry.gives[1])}</p>' if entry.gives[1] else ''
     told = f' · <a href="{page.up}{chapter}#{entry.name}">chapter</a>' if entry.kind in ('function', 'class') else ''
     where = f'<span class="from"><a href="{page.up}source/{module}.html#L{entry.line}">source</a>{told}</span>'
     says = f'<p>{text(entry.says)}</p>' if entry.says else ''
     return '\n'.join([
-        f'<{level} id="{entry.name}" class="entry"><code>{entry.name}</code><span class="kind">{entry.kind}</span>{where}'
-        f'<a class="anchor" href="#{entry.name}" aria-label="link to here">#</a></{level}>',
+        f'<{level} id="{entry.name}" class="entry"><code>{entry.name}</code><span class="kind">{entry.kind}</span>'
+        f'{where}<a class="anchor" href="#{entry.name}" aria-label="link to here">#</a></{level}>',
         code_html(entry.code), says, table, *(entry_html(m, module, chapter, page, links) for m in entry.members)])
 
 
@@ -203,7 +204,7 @@ def api_pages(links, chapters):
         also = {id(entry): [n for n, e in names.items() if e is entry and n != entry.name] for entry in names.values()}
         body = ''.join(''.join(f'<a id="{n}"></a>' for n in also[id(entry)])
                        + entry_html(entry, module, url, page, links) for _, entry in entries)
-        page.body = (f'<h1 id="{module}"><code>dpo_lab.{module}</code></h1><p class="lead">{html.escape(says or "")} '
+        page.body = (f'<h1><code>dpo_lab.{module}</code></h1><p class="lead">{html.escape(says or "")} '
                      f'<a href="../{url}">Read the chapter.</a></p><p class="names">{listed}</p>{body}')
         page.sections = [(name, f'{page.url}#{name}', entry.says) for name, entry in names.items()]
         yield page
@@ -220,13 +221,19 @@ def find_pages():
     notebooks = [p for p in sorted((ROOT/'nbs').rglob('*.ipynb')) if not {'.ipynb_checkpoints', 'runs'} & {*p.parts}]
     chapters = {}
     for path in notebooks:
-        if m := re.search(r'#\|\s*default_exp (\w+)', path.read_text(encoding='utf-8')): chapters[m[1]] = f'{path.stem}.html'
+        told = re.search(r'#\|\s*default_exp (\w+)', path.read_text(encoding='utf-8'))
+        if told: chapters[told[1]] = f'{path.stem}.html'
     links = {name: f'api/{module}.html#{name}' for module in reversed(chapters)
              for name, entry in public(ROOT/'dpo_lab'/f'{module}.py')[1].items()} | chapters
-    def group(path): return 'Tutorials' if path.parent.name == 'tutorials' else 'Chapters' if path.stem[0].isdigit() else ''
+    def group(path):
+        if path.parent.name == 'tutorials': return 'Tutorials'
+        return 'Chapters' if path.stem[0].isdigit() else ''
     pages = [notebook_page(p, str(p.relative_to(ROOT/'nbs').with_suffix('.html')), group(p), links) for p in notebooks]
     first = [page for page in pages if page.url == 'index.html']
     return first + [page for page in pages if page not in first] + [*api_pages(links, chapters)]
+
+
+def anchor(page, here, marks, text): return f'<a href="{here.up}{page.url}"{marks}>{text}</a>'
 
 
 def menu(pages, here):
@@ -234,7 +241,7 @@ def menu(pages, here):
     parts, groups = [], ('', 'Tutorials', 'Chapters', 'API')
     for name in groups:
         items = ''.join(
-            f'<li><a href="{here.up}{page.url}"{" aria-current=page" if page is here else ""}>{html.escape(page.title)}</a></li>'
+            f'<li>{anchor(page, here, " aria-current=page" if page is here else "", html.escape(page.title))}</li>'
             for page in pages if page.group == name and not page.url.startswith('source/'))
         if items: parts.append((f'<h2>{name}</h2>' if name else '') + f'<ul>{items}</ul>')
     return ''.join(parts)
@@ -246,8 +253,8 @@ def turn(pages, here):
     if here not in same: return ''
     at = same.index(here)
     before, after = same[at-1] if at else None, same[at+1] if at + 1 < len(same) else None
-    left = f'<a rel="prev" href="{here.up}{before.url}">← {html.escape(before.title)}</a>' if before else '<span></span>'
-    right = f'<a rel="next" href="{here.up}{after.url}">{html.escape(after.title)} →</a>' if after else ''
+    left = anchor(before, here, ' rel=prev', f'← {html.escape(before.title)}') if before else '<span></span>'
+    right = anchor(after, here, ' rel=next', f'{html.escape(after.title)} →') if after else ''
     return f'<nav class="turn" aria-label="next page">{left}{right}</nav>'
 
 
@@ -272,7 +279,8 @@ def build(site):
     for page in pages: write_page(page, pages, site)
     index = [dict(title=title, url=url, page=page.title, text=text, api=page.group == 'API')
              for page in pages for title, url, text in page.sections]
-    (site/'search-index.js').write_text(f'window.searchIndex = {json.dumps(index, ensure_ascii=False)}', encoding='utf-8')
+    listed = f'window.searchIndex = {json.dumps(index, ensure_ascii=False)}'
+    (site/'search-index.js').write_text(listed, encoding='utf-8')
     light, dark = (HtmlFormatter(style=style).get_style_defs(where) for style, where in
                    (('friendly', '.code'), ('github-dark', '[data-theme=dark] .code')))
     (site/'site.css').write_text('\n'.join([(HERE/'site.css').read_text(), light, dark]), encoding='utf-8')

@@ -37,11 +37,11 @@ def parameters(node, said):
     listed = [('', *pair) for pair in zip(plain, defaults)]
     listed += [('*', a.vararg, None)]*bool(a.vararg) + [('', *pair) for pair in zip(a.kwonlyargs, a.kw_defaults)]
     listed += [('**', a.kwarg, None)]*bool(a.kwarg)
-    alone = {line: sum(arg.lineno == line for _, arg, _ in listed) == 1 for line in {arg.lineno for _, arg, _ in listed}}
+    lines = [arg.lineno for _, arg, _ in listed]
     for star, arg, default in listed:
         if arg.arg in ('self', 'cls'): continue
         last = max(arg.end_lineno, default.end_lineno if default else 0)
-        comment = said.get(last, '') if alone[arg.lineno] and last < node.body[0].lineno else ''
+        comment = said.get(last, '') if lines.count(arg.lineno) == 1 and last < node.body[0].lineno else ''
         rows.append((star + arg.arg, ast.unparse(arg.annotation) if arg.annotation else '',
                      ast.unparse(default) if default else '', comment))
     return rows

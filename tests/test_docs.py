@@ -1,6 +1,7 @@
 "The documentation site: every page renders, every link leads somewhere, every public name is there, widgets live."
 import ast
 import base64
+import json
 import re
 import runpy
 import struct
@@ -21,15 +22,17 @@ docs = runpy.run_path(str(ROOT/'.ci'/'docs.py'))
 
 class Reader(HTMLParser):
     "What a page links to, what can be linked to, its pictures, and whether its tags close."
-    alone = {'meta', 'link', 'img', 'br', 'hr', 'input', 'mspace', 'col', 'path', 'rect', 'line', 'circle', 'use', 'source'}
+    alone = {*'meta link img br hr input mspace col path rect line circle use source'.split()}
 
     def __init__(self, text):
         super().__init__()
         self.links, self.ids, self.loads, self.images, self.open, self.text = [], set(), [], [], [], []
+        self.twice = []
         self.feed(text)
 
     def handle_starttag(self, tag, attrs):
         given = dict(attrs)
+        if given.get('id') in self.ids: self.twice.append(given['id'])
         if 'id' in given: self.ids.add(given['id'])
         if tag == 'a' and given.get('href'): self.links.append(given['href'])
         if tag in ('script', 'img', 'link'): self.loads += [given[k] for k in ('src', 'href') if given.get(k)]
@@ -56,7 +59,8 @@ def site(tmp_path_factory):
 
 
 @pytest.fixture(scope='session')
-def pages(site): return {p.relative_to(site).as_posix(): Reader(p.read_text(encoding='utf-8')) for p in site.rglob('*.html')}
+def pages(site):
+    return {p.relative_to(site).as_posix(): Reader(p.read_text(encoding='utf-8')) for p in site.rglob('*.html')}
 
 
 def test_every_notebook_has_a_page(pages):
@@ -81,7 +85,8 @@ def test_an_entry_has_signature_comments_and_defaults(pages):
     assert 'dpo_loss(logps: PairLogps, beta: float = 0.1, label_smoothing: float = 0.0) -> Tensor' in text
     assert 'Negative log-likelihood that the chosen completion wins.' in text
     assert 'chance that a label is flipped, in [0, 0.5)' in text
-    assert 'pull towards the reference: larger stays closer' in ''.join(pages['api/train.html'].text)    # of a config's field
+    of_a_config = 'pull towards the reference: larger stays closer'
+    assert of_a_config in ''.join(pages['api/train.html'].text)
 
 
 def test_every_link_leads_somewhere(pages, site):
@@ -106,8 +111,9 @@ def test_nothing_is_loaded_from_elsewhere(pages, site):
     for url, page in pages.items():
         assert not [link for link in page.loads if urlsplit(link).scheme in ('http', 'https')], url
         assert not re.search(r'(import\(?\s*|from\s+)[\'"]https?:', (site/url).read_text(encoding='utf-8')), url
+    afar = r'(@import|url\(|fetch\(|import\()\s*[\'"]?https?:'
     for file in [*site.glob('*.css'), *site.glob('site.js'), *site.glob('widgets.js')]:
-        assert not re.search(r'(@import|url\(|fetch\(|import\()\s*[\'"]?https?:', file.read_text(encoding='utf-8')), file.name
+        assert not re.search(afar, file.read_text(encoding='utf-8')), file.name
 
 
 def test_pages_are_whole_and_light(pages, site):
@@ -115,6 +121,7 @@ def test_pages_are_whole_and_light(pages, site):
         size = (site/url).stat().st_size
         assert size < 2_000_000, f'{url} has {size} bytes'
         assert not page.open, f'{url} leaves {page.open} open'
+        assert not page.twice, f'{url} gives the same id to two places: {page.twice}'
         text = ''.join(page.text)
         assert 'Traceback (most recent call last)' not in text, url
         assert len(text.split()) > 100, f'{url} says nearly nothing'
@@ -148,7 +155,8 @@ def test_no_picture_is_empty(pages, site):
 
 
 def test_an_empty_picture_is_seen():
-    def chunk(kind, data): return struct.pack('>I', len(data)) + kind + data + struct.pack('>I', zlib.crc32(kind + data))
+    def number(n): return struct.pack('>I', n)
+    def chunk(kind, data): return number(len(data)) + kind + data + number(zlib.crc32(kind + data))
     white = zlib.compress((b'\0' + b'\xff'*30)*10)
     head = struct.pack('>IIBBBBB', 10, 10, 8, 2, 0, 0, 0)
     assert colours(b'\x89PNG\r\n\x1a\n' + chunk(b'IHDR', head) + chunk(b'IDAT', white) + chunk(b'IEND', b'')) <= 8
@@ -164,9 +172,8 @@ def test_formulas_are_set(pages, site):
 
 
 def test_the_teachers_page_has_sixty_lines():
-    import json
-    cells = [''.join(c['source']) for c in json.loads((ROOT/'nbs/tutorials/dpo_from_scratch.ipynb').read_text())['cells']
-             if c['cell_type'] == 'code']
+    notebook = json.loads((ROOT/'nbs/tutorials/dpo_from_scratch.ipynb').read_text())
+    cells = [''.join(c['source']) for c in notebook['cells'] if c['cell_type'] == 'code']
     ours = [source for source in cells if 'dpo_lab' not in source and 'theirs' not in source
             and 'Shell' not in source and 'shell' not in source]
     lines = [line for source in ours for line in source.splitlines() if line.strip() and not line.startswith('#|')]
@@ -236,12 +243,11 @@ def widget_page(site):
 
 
 def test_a_slider_moves_without_a_kernel(browser, widget_page):
-    page, errors = browser.new_page(), []
-    page.on('pageerror', lambda e: errors.append(str(e)))
-    page.on('request', lambda r: errors.append(r.url) if r.url.startswith('http') else None)
+    page, errors = watched(browser)
     page.goto(widget_page.as_uri())
     page.wait_for_selector('output')
-    assert page.locator('output').all_inner_texts() == ['twice 6', 'twice 6'] and page.get_by_text('under it').is_visible()
+    assert page.locator('output').all_inner_texts() == ['twice 6', 'twice 6']
+    assert page.get_by_text('under it').is_visible()
     drag(page, page.locator('input[type=range]').first, .95)
     assert page.locator('output').all_inner_texts() == ['twice 20', 'twice 20']     # two views of one model
     assert not errors
@@ -258,20 +264,29 @@ def drag(page, slider, share):
     page.mouse.up()
 
 
+def watched(browser):
+    "A new page, and what goes wrong in it."
+    page, errors = browser.new_page(), []
+    page.on('pageerror', lambda e: errors.append(str(e)))
+    page.on('console', lambda m: errors.append(m.text) if m.type == 'error' else None)
+    page.on('request', lambda r: errors.append(r.url) if r.url.startswith('http') else None)
+    return page, errors
+
+
 def test_the_beta_slider_of_the_docs_moves(browser, site, pages):
-    shown = [url for url in pages if 'class="widget"' in (site/url).read_text(encoding='utf-8') and url != 'widgets-test.html']
+    shown = [url for url in pages if 'class="widget"' in (site/url).read_text(encoding='utf-8')]
+    shown = [url for url in shown if url != 'widgets-test.html']
     if not shown: pytest.skip('no page of the notebooks shows a widget yet')
     moved = 0
     for url in shown:
-        page, errors = browser.new_page(), []
-        page.on('pageerror', lambda e: errors.append(str(e)))
-        page.on('console', lambda m: errors.append(m.text) if m.type == 'error' else None)
+        page, errors = watched(browser)
         page.goto((site/url).as_uri())
         page.wait_for_timeout(500)
         for slider in page.locator('.widget input[type=range]:visible').all()[:1]:
-            widget = slider.locator('xpath=ancestor::div[contains(@class, "widget")]').last
+            widget = slider.locator('xpath=ancestor::div[@class="widget"]').last
             before, value = widget.screenshot(), slider.input_value()
-            drag(page, slider, .9 if float(slider.evaluate('e => (e.value - (e.min||0))/((e.max||100) - (e.min||0))')) < .6 else .1)
+            low = slider.evaluate('e => e.value - (e.min || 0) < .6*((e.max || 100) - (e.min || 0))')
+            drag(page, slider, .9 if low else .1)
             assert slider.input_value() != value and widget.screenshot() != before, url
             moved += 1
         assert not errors, (url, errors)
