@@ -3,7 +3,7 @@
     python measure.py frontier    # data/frontier.csv, for the_frontier
     python measure.py family      # data/family.csv, for the_loss_family
 
-Each takes about ten to twenty minutes on one core. What is in the file already is not run again, so a stopped
+They take about ten and thirty minutes on one core. What is in the file already is not run again, so a stopped
 measurement goes on where it was, and removing the file measures everything again.
 """
 import copy
@@ -127,12 +127,12 @@ def frontier(lab, have):
                for step, policy in lab.trained(rows, loss, beta, rate, MARKS[-1], seed) if step in MARKS]
 
 
-def family(lab, have, steps=40):
+def family(lab, have, steps=100):
     "Every loss, at the beta of its paper, on pairs labelled in three ways."
     for seed, how, (name, loss) in itertools.product(SEEDS, LABELS, LOSSES.items()):
         if (name, str(seed), how) in have: continue
         rows = lab.rows([*with_columns(labelled(lab.pairs, how, seed), loss.needs)])
-        *_, (_, policy) = lab.trained(rows, name, loss.beta0, 5e-4, steps, seed)
+        *_, (_, policy) = lab.trained(rows, name, loss.beta0, 3e-4, steps, seed)
         yield [dict(series=name, seed=seed, labels=how, **lab.worth(policy, seed, each=20))]
 
 
