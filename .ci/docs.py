@@ -77,7 +77,10 @@ class Prose(IPythonRenderer):
         return code_html(code, 'bash' if language in ('sh', 'shell') else language)
 
     def link(self, text, url, title=None):
-        return super().link(text, re.sub(r'^([^:#]*)\.ipynb(#.*)?$', r'\1.html\2', url), title)
+        if url.startswith('tests/'): return text        # not on the site
+        url = re.sub(r'^(?:\.\./)*([A-Z]+)\.md$', lambda m: f'{self.page.up}{m[1].lower()}.html', url)
+        url = re.sub(r'^(?:nbs/)?([^:#]*)\.ipynb(#.*)?$', r'\1.html\2', url)
+        return super().link(text, url, title)
 
     def table(self, text): return f'<div class="wide"><table>{text}</table></div>\n'
 
@@ -164,6 +167,17 @@ def notebook_page(path, url, group, links):
     return page
 
 
+def markdown_page(name, links):
+    "A page of the repository, such as CONTRIBUTING.md."
+    text = (ROOT/f'{name}.md').read_text(encoding='utf-8')
+    page = Page(f'{name.lower()}.html', name.capitalize(), group='More')
+    renderer = Prose(links, page)
+    page.body = prose(text, page, links, renderer)
+    page.body = contents(renderer.heads) + page.body
+    page.sections = sections_of(page, renderer.heads, [nbformat.v4.new_markdown_cell(text)])
+    return page
+
+
 def contents(heads):
     "The sections of a page, as links."
     items = ''.join(f'<li class="h{level}"><a href="#{anchor}">{re.sub("</?a[^>]*>", "", text)}</a></li>'
@@ -230,7 +244,8 @@ def find_pages():
         return 'Chapters' if path.stem[0].isdigit() else ''
     pages = [notebook_page(p, str(p.relative_to(ROOT/'nbs').with_suffix('.html')), group(p), links) for p in notebooks]
     first = [page for page in pages if page.url == 'index.html']
-    return first + [page for page in pages if page not in first] + [*api_pages(links, chapters)]
+    return first + [page for page in pages if page not in first] + [*api_pages(links, chapters)] + [
+        markdown_page(name, links) for name in ('CONTRIBUTING', 'CHANGELOG')]
 
 
 def anchor(page, here, marks, text): return f'<a href="{here.up}{page.url}"{marks}>{text}</a>'
@@ -238,7 +253,7 @@ def anchor(page, here, marks, text): return f'<a href="{here.up}{page.url}"{mark
 
 def menu(pages, here):
     "The list of pages, by group."
-    parts, groups = [], ('', 'Tutorials', 'Chapters', 'API')
+    parts, groups = [], ('', 'Tutorials', 'Chapters', 'API', 'More')
     for name in groups:
         items = ''.join(
             f'<li>{anchor(page, here, " aria-current=page" if page is here else "", html.escape(page.title))}</li>'
