@@ -243,8 +243,11 @@ def find_pages():
         if path.parent.name == 'tutorials': return 'Tutorials'
         return 'Chapters' if path.stem[0].isdigit() else ''
     pages = [notebook_page(p, str(p.relative_to(ROOT/'nbs').with_suffix('.html')), group(p), links) for p in notebooks]
-    first = [page for page in pages if page.url == 'index.html']
-    return first + [page for page in pages if page not in first] + [*api_pages(links, chapters)] + [
+    story = (ROOT/'nbs'/'index.ipynb').read_text(encoding='utf-8')
+    def place(page):        # the story first; tutorials in the order in which it names them
+        named = story.find(page.url.replace('.html', '.ipynb')) if page.group == 'Tutorials' else 0
+        return page.group != '', named % len(story)
+    return sorted(pages, key=place) + [*api_pages(links, chapters)] + [
         markdown_page(name, links) for name in ('CONTRIBUTING', 'CHANGELOG')]
 
 
