@@ -22,7 +22,7 @@ class WithNotebooks(build_py):
         super().run()
         if self.editable_mode: return
         for file in (root/"nbs").rglob("*.*"):
-            if file.suffix not in (".ipynb", ".png", ".json", ".csv", ".jsonl"): continue
+            if file.suffix not in (".ipynb", ".png", ".json", ".csv", ".jsonl", ".py"): continue
             if {".ipynb_checkpoints", "runs"} & {*file.parts}: continue
             place = Path(self.build_lib)/"dpo_lab"/"nbs"/file.relative_to(root/"nbs")
             place.parent.mkdir(parents=True, exist_ok=True)
