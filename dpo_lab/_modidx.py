@@ -230,6 +230,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                 'dpo_lab.models.find_dtype': ('models.html#find_dtype', 'dpo_lab/models.py'),
                                 'dpo_lab.models.find_source': ('models.html#find_source', 'dpo_lab/models.py'),
                                 'dpo_lab.models.find_start': ('models.html#find_start', 'dpo_lab/models.py'),
+                                'dpo_lab.models.generate_ids': ('models.html#generate_ids', 'dpo_lab/models.py'),
                                 'dpo_lab.models.generate_texts': ('models.html#generate_texts', 'dpo_lab/models.py'),
                                 'dpo_lab.models.gguf_arguments': ('models.html#gguf_arguments', 'dpo_lab/models.py'),
                                 'dpo_lab.models.load_policy': ('models.html#load_policy', 'dpo_lab/models.py'),
