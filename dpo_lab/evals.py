@@ -4,22 +4,23 @@
 
 # %% auto #0
 __all__ = ['Subject', 'as_subject', 'held_out', 'rows_of', 'evaluate', 'pair_values', 'paired', 'compare', 'wins',
-           'length_controlled', 'win_rate']
+           'length_controlled', 'win_rate', 'sampled_kl']
 
-# %% ../nbs/13_evals.ipynb #bc6fb133
+# %% ../nbs/13_evals.ipynb #769d27d0
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from .batches import encode_pairs
+from .batches import PairRow, encode_pairs, pack
 from .data import Message, PreferencePair, load_pairs
 from .generation import sample_answers
-from .models import load_policy
+from .models import generate_ids, load_policy
 from .onpolicy import distinct_prompts, find_judge, judge_all
 from .reference import reference_logps, with_reference
 from .renderers import get_renderer, recommended_renderer
+from .sft import example_logps
 from .training import StepMetrics, evaluate_pairs, mean_interval, wilson
 
 # %% ../nbs/13_evals.ipynb #623538dc
@@ -200,3 +201,27 @@ def win_rate(
     numbers |= {'cut': sum(a.ended == 'length' for answers in said for a in answers)/(2*len(won))}
     records = [dict(prompt=p, first=a, second=b, won=w) for p, a, b, w in zip(each, first, second, won)]
     return StepMetrics(0, numbers | {k: v for k, v in judge.report().items() if isinstance(v, (int, float))}, records)
+
+# %% ../nbs/13_evals.ipynb #6dadca8c
+def sampled_kl(
+    model: Any,                         # the kinds that `evaluate` takes
+    reference: Any,                     # the same
+    prompts: Sequence[list[Message]],   # to answer
+    k: int=1,                           # answers to each
+    max_new_tokens: int=128,            # longest answer; what would come after it is not counted
+    seed: int=0,                        # of the draws
+    token_budget: int|None=None,        # most tokens in a batch
+    progress: Callable=iter,            # wraps the batches
+) -> dict[str, float]:                  # kl, kl_low, kl_high, in nats an answer
+    "Distance of a policy from a reference, along its own answers."
+    import torch
+    one, other = as_subject(model), as_subject(reference)
+    heads = [one.renderer.build_generation_prompt(prompt) for prompt in prompts for _ in range(k)]
+    said = generate_ids(one.model, one.tokenizer, one.renderer, heads, max_new_tokens, seed=seed, progress=progress)
+    rows = [PairRow(head, ids, [], [True]*len(ids), [], i) for i, (head, ids) in enumerate(zip(heads, said))]
+    def logps(m):
+        device = next(m.parameters()).device
+        with torch.no_grad(): return torch.cat([example_logps(m, b.to(device))[0].cpu() for b in pack(rows, token_budget)])
+    ratios = logps(one.model) - logps(other.model)
+    low, high = mean_interval(ratios)
+    return dict(kl=ratios.mean().item(), kl_low=low, kl_high=high)

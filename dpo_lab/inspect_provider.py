@@ -54,7 +54,7 @@ def check_settings(
     if asked: raise ValueError(f"{', '.join(asked)} cannot be followed: leave it out, "
                                "or use temperature, top_p, top_k, max_tokens, seed, stop_seqs")
 
-# %% ../nbs/12b_inspect_provider.ipynb #2c6f4f9f
+# %% ../nbs/12b_inspect_provider.ipynb #05c9f9e7
 @dataclass
 class Request:
     "A prompt that waits for its answer."
@@ -78,15 +78,21 @@ class LocalModel(ModelAPI):
         batch_size: int=32,                 # requests at a time
     ):
         super().__init__(model_name, base_url, api_key, [], config)
-        start = (base, dtype, device, 0, None, model_name) if base else (model_name, dtype, device)
-        self.model, self.tokenizer = load_policy(*start)
-        name = renderer_name or recommended_renderer(self.tokenizer, self.model.config)[0]
-        self.renderer, self.batch_size = get_renderer(name, self.tokenizer), int(batch_size)
-        self.room = getattr(self.model.config, 'max_position_embeddings', None) or 10**9
+        self.start = (base, dtype, device, 0, None, model_name) if base else (model_name, dtype, device)
+        self.renderer_name, self.batch_size, self.model = renderer_name, int(batch_size), None
         self.waiting: list[Request] = []
         self.batches: list[int] = []                # how many requests each forward pass answered
         self.asked: Counter = Counter()
         self.lock: Any = None
+
+    def load(self): # when it is first needed: inspect makes a second provider to ask for its name
+        "Load the model."
+        model, self.tokenizer = load_policy(*self.start)
+        name = self.renderer_name or recommended_renderer(self.tokenizer, model.config)[0]
+        self.renderer = get_renderer(name, self.tokenizer)
+        self.room = getattr(model.config, 'max_position_embeddings', None) or 10**9
+        self.model = model
+        return self
 
     def max_connections(self) -> int: return self.batch_size
     def max_tokens(self) -> int: return 512
@@ -103,10 +109,13 @@ class LocalModel(ModelAPI):
         return Request(ids, settings, int(key[:12], 16) + self.asked[key])
 
     async def generate(self, input, tools, tool_choice, config) -> ModelOutput:
+        "The answer to a conversation."
         check_settings(config, tools)
+        self.lock = self.lock or anyio.Lock()
+        async with self.lock:
+            if self.model is None: await anyio.to_thread.run_sync(self.load)
         request = self.request(as_messages(input), config)
         self.waiting.append(request)
-        self.lock = self.lock or anyio.Lock()
         async with self.lock:
             if request.answer is None:
                 await anyio.sleep(.02)      # requests that come together go together

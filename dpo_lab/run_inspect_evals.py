@@ -52,7 +52,7 @@ class InspectConfig:
             if not right: raise ValueError(f"{name}={getattr(self, name)!r} is out of range: see --help")
         if self.compare and not self.model_path: raise ValueError("compare=true needs a model_path to compare with")
 
-# %% ../nbs/13b_run_inspect_evals.ipynb #f22160a7
+# %% ../nbs/13b_run_inspect_evals.ipynb #9b65afcb
 def evaluate_model(
     config: InspectConfig,      # what is asked
     model_path: str|None,       # of the model; None: the base
@@ -65,6 +65,7 @@ def evaluate_model(
     args: dict[str, Any] = dict(renderer_name=c.renderer_name, dtype=c.dtype, device=c.device, batch_size=c.batch_size)
     if model_path: args['base'] = c.model_name
     model = get_model(f'dpo_lab/{model_path or c.model_name}', memoize=False, **args)
+    model.api.load()    # type: ignore[attr-defined]  # what is wrong with it is said before any task begins
     asked: list[Any] = [TASKS[name]() if name in TASKS else name for name in map(str.strip, c.tasks.split(','))]
     return inspect_eval(
         asked, model=model, log_dir=c.log_dir, limit=c.limit, epochs=c.epochs, fail_on_error=False,

@@ -29,7 +29,8 @@ from dpo_lab.toy import prompts, toy_reward
 ROOT = Path(__file__).parent.parent
 
 
-def provider(**more): return get_model('dpo_lab/tiny', memoize=False, **(dict(renderer_name='role_colon', device='cpu') | more))
+def provider(**more):
+    return get_model('dpo_lab/tiny', memoize=False, **(dict(renderer_name='role_colon', device='cpu') | more))
 
 
 def run(task, model, tmp_path, **more):
@@ -56,8 +57,8 @@ def test_a_task_runs_and_every_scorer_is_reported(model, tmp_path):
 
 def test_greedy_answers_are_those_of_generate_texts(model):
     tiny, tokenizer = tiny_model()
-    said = generate_texts(tiny, tokenizer, get_renderer('role_colon', tokenizer),
-                          [[dict(role='system', content='Be brief.'), dict(role='user', content=prompts('test')[0])]], 32, 0.)
+    talk = [dict(role='system', content='Be brief.'), dict(role='user', content=prompts('test')[0])]
+    said = generate_texts(tiny, tokenizer, get_renderer('role_colon', tokenizer), [talk], 32, 0.)
     out = ask(model, [ChatMessageSystem(content='Be brief.'), ChatMessageUser(content=prompts('test')[0])],
               temperature=0., max_tokens=32)
     assert out.completion == said[0][0]['content'] and out.metadata['renderer'] == 'role_colon'
@@ -83,14 +84,15 @@ def test_requests_share_a_forward_pass_and_change_no_answer(tmp_path):
 
 
 def test_a_prompt_that_is_asked_twice_is_answered_twice(tmp_path):
-    log = run(Task(dataset=[Sample(input=prompts('test')[0], id=i) for i in range(12)], solver=generate()), provider(), tmp_path)
+    task = Task(dataset=[Sample(input=prompts('test')[0], id=i) for i in range(12)], solver=generate())
+    log, again = (run(task, provider(), tmp_path) for _ in range(2))
     assert len({s.output.completion for s in log.samples}) > 1
-    again = run(Task(dataset=[Sample(input=prompts('test')[0], id=i) for i in range(12)], solver=generate()), provider(), tmp_path)
     assert {s.output.completion for s in log.samples} == {s.output.completion for s in again.samples}
 
 
 def test_a_failed_sample_is_counted_and_in_no_mean(model, tmp_path):
-    samples = [Sample(input='film '*3000, target='The', id='long')] + [Sample(input=p, target='The') for p in prompts('test')[:3]]
+    samples = [Sample(input='film '*3000, target='The', id='long')]
+    samples += [Sample(input=p, target='The') for p in prompts('test')[:3]]
     log = run(Task(dataset=samples, solver=generate(), scorer=includes()), model, tmp_path)
     facts = log_facts(log)
     assert facts['samples'] == 4 and facts['failed'] == 1 and 'positions' in facts['failures'][0]
@@ -102,7 +104,7 @@ def test_what_cannot_be_followed_is_refused(model):
         with pytest.raises(ValueError, match=next(iter(config))): ask(model, 'Hello', **config)
     with pytest.raises(ValueError, match='tools'):
         ask(model, 'Hello', tools=[ToolInfo(name='f', description='does nothing')])
-    with pytest.raises(ValueError, match='renderer'): provider(renderer_name='nonsense')
+    with pytest.raises(ValueError, match='renderer'): provider(renderer_name='nonsense').api.load()
 
 
 def test_a_task_of_several_turns_gets_its_system_message(model, tmp_path):
@@ -112,16 +114,18 @@ def test_a_task_of_several_turns_gets_its_system_message(model, tmp_path):
     assert [m.role for m in log.samples[0].messages] == ['system', 'user', 'assistant'] and log.status == 'success'
 
 
-GOOD = dict(one_sentence='The sea is wide.', three_bullets='- a\n- b\n- c', capitals='THE SEA IS WIDE', ending='So it is. That is all.',
-            lowercase='the sea is wide', at_most_15_words='Wide and blue.', at_least_60_words='wide '*60,
-            no_commas='It is wide. It is blue.', keyword='A lantern shines.', forbidden_word='Waves rise. Gulls cry.',
-            beginning='Honestly it is very wide.', quoted='"It is wide."', json='{"title": "Sea", "mood": "calm"}',
-            two_paragraphs='One.\n\nTwo.', question='How deep is it?')
-BAD = dict(one_sentence='It is. It was.', three_bullets='Here:\n- a\n- b\n- c', capitals='The sea', ending='That is all. Or not.',
-           lowercase='The sea is wide', at_most_15_words='wide '*16, at_least_60_words='wide '*59,
-           no_commas='It is wide, and blue. Yes.', keyword='Lanterns shine.', forbidden_word='The waves. Gulls.',
-           beginning='It is, honestly, wide.', quoted='It is "wide".', json='{"title": "Sea"}', two_paragraphs='One.\nTwo.',
-           question='How deep? Very.')
+GOOD = dict(
+    one_sentence='The sea is wide.', three_bullets='- a\n- b\n- c', capitals='THE SEA IS WIDE', lowercase='the sea is wide',
+    at_most_15_words='Wide and blue.', at_least_60_words='wide '*60, no_commas='It is wide. It is blue.',
+    keyword='A lantern shines.', forbidden_word='Waves rise. Gulls cry.', ending='So it is. That is all.',
+    beginning='Honestly it is very wide.', quoted='"It is wide."', json='{"title": "Sea", "mood": "calm"}',
+    two_paragraphs='One.\n\nTwo.', question='How deep is it?')
+BAD = dict(
+    one_sentence='It is. It was.', three_bullets='Here:\n- a\n- b\n- c', capitals='The sea', lowercase='The sea is wide',
+    at_most_15_words='wide '*16, at_least_60_words='wide '*59, no_commas='It is wide, and blue. Yes.',
+    keyword='Lanterns shine.', forbidden_word='The waves. Gulls.', ending='That is all. Or not.',
+    beginning='It is, honestly, wide.', quoted='It is "wide".', json='{"title": "Sea"}', two_paragraphs='One.\nTwo.',
+    question='How deep? Very.')
 
 
 @pytest.mark.parametrize('kind', INSTRUCTIONS)
@@ -139,7 +143,8 @@ def test_base_and_tuned_are_compared_on_the_same_samples(tmp_path):
     found = run_inspect_evals(InspectConfig(**asked))
     assert found['differences']['toy']['true_reward'] == dict(difference=0., low=0., high=0., n=8, left_out=0)
     kept = json.loads((tmp_path/'logs'/'scores.json').read_text())
-    assert kept['settings']['temperature'] == .6 and kept['versions']['torch'] and set(kept['models']) == {'base', 'tuned'}
+    assert kept['settings']['temperature'] == .6 and kept['versions']['torch']
+    assert set(kept['models']) == {'base', 'tuned'}
     assert len(list_eval_logs(str(tmp_path/'logs'))) == 2
 
 
@@ -149,7 +154,8 @@ def test_what_only_one_model_answered_is_left_out_and_counted(model, tmp_path):
 
 
 def test_the_command_says_what_came_of_it(tmp_path, capsys):
-    words = ['tasks=dpo_lab/toy', 'limit=4', 'max_tokens=32', f'log_dir={tmp_path}/logs', 'renderer_name=role_colon', 'device=cpu']
+    words = ['tasks=dpo_lab/toy', 'limit=4', 'max_tokens=32', f'log_dir={tmp_path}/logs', 'device=cpu',
+             'renderer_name=role_colon']
     assert main(words) == 0
     assert 'true_reward' in capsys.readouterr().out
     assert main(['temperature=-1']) == 2 and 'temperature' in capsys.readouterr().err
@@ -160,10 +166,14 @@ def test_setup_registers_the_provider():
     assert '"inspect_ai": ["dpo_lab=dpo_lab.inspect_provider"]' in (ROOT/'setup.py').read_text()
 
 
-@pytest.mark.skipif(not [e for e in entry_points(group='inspect_ai') if e.name == 'dpo_lab'], reason='dpo_lab is not installed')
+INSTALLED = [e for e in entry_points(group='inspect_ai') if e.name == 'dpo_lab']
+
+
+@pytest.mark.skipif(not INSTALLED, reason='dpo_lab is not installed: pip install -e .')
 def test_inspects_own_command_line_knows_the_provider(tmp_path):
-    command = [sys.executable, '-m', 'inspect_ai', 'eval', 'dpo_lab/toy', '--model', 'dpo_lab/tiny', '-M', 'device=cpu', '--limit', '3',
-               '-M', 'renderer_name=role_colon', '--max-tokens', '32', '--log-dir', str(tmp_path/'logs'), '--display', 'plain']
+    command = [sys.executable, '-m', 'inspect_ai', 'eval', 'dpo_lab/toy', '--model', 'dpo_lab/tiny', '--limit', '3',
+               '-M', 'device=cpu', '-M', 'renderer_name=role_colon', '--max-tokens', '32',
+               '--log-dir', str(tmp_path/'logs'), '--display', 'plain']
     done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path, env=os.environ)
     assert done.returncode == 0, done.stdout + done.stderr
     log = read_eval_log(list_eval_logs(str(tmp_path/'logs'))[0])
