@@ -202,7 +202,7 @@ def win_rate(
     records = [dict(prompt=p, first=a, second=b, won=w) for p, a, b, w in zip(each, first, second, won)]
     return StepMetrics(0, numbers | {k: v for k, v in judge.report().items() if isinstance(v, (int, float))}, records)
 
-# %% ../nbs/13_evals.ipynb #6dadca8c
+# %% ../nbs/13_evals.ipynb #9e06e79e
 def sampled_kl(
     model: Any,                         # the kinds that `evaluate` takes
     reference: Any,                     # the same
@@ -221,7 +221,8 @@ def sampled_kl(
     rows = [PairRow(head, ids, [], [True]*len(ids), [], i) for i, (head, ids) in enumerate(zip(heads, said))]
     def logps(m):
         device = next(m.parameters()).device
-        with torch.no_grad(): return torch.cat([example_logps(m, b.to(device))[0].cpu() for b in pack(rows, token_budget)])
+        with torch.no_grad():
+            return torch.cat([example_logps(m, b.to(device))[0].cpu() for b in pack(rows, token_budget)])
     ratios = logps(one.model) - logps(other.model)
     low, high = mean_interval(ratios)
     return dict(kl=ratios.mean().item(), kl_low=low, kl_high=high)

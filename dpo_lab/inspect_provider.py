@@ -206,7 +206,7 @@ def keeps(
     "Whether an answer keeps to an instruction."
     return bool(text.strip()) and bool(INSTRUCTIONS[kind][1](text))
 
-# %% ../nbs/12b_inspect_provider.ipynb #5c7ed6ec
+# %% ../nbs/12b_inspect_provider.ipynb #1f44f5fd
 @scorer(metrics=[accuracy(), stderr()])
 def checked():
     "Whether the answer keeps to its instruction."
@@ -219,7 +219,7 @@ def checked():
 def instructions() -> Task:
     "Instructions that a program can check."
     samples = [Sample(input=text.format(topic), id=f'{kind}-{i}', metadata=dict(kind=kind))
-               for kind, (text, _) in INSTRUCTIONS.items() for i, topic in enumerate(TOPICS)]
+               for i, topic in enumerate(TOPICS) for kind, (text, _) in INSTRUCTIONS.items()]  # `limit` meets each kind
     return Task(dataset=samples, solver=generate(), scorer=checked())
 
 # %% ../nbs/12b_inspect_provider.ipynb #a28d8d75

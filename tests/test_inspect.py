@@ -115,14 +115,16 @@ def test_a_task_of_several_turns_gets_its_system_message(model, tmp_path):
 
 
 GOOD = dict(
-    one_sentence='The sea is wide.', three_bullets='- a\n- b\n- c', capitals='THE SEA IS WIDE', lowercase='the sea is wide',
-    at_most_15_words='Wide and blue.', at_least_60_words='wide '*60, no_commas='It is wide. It is blue.',
+    one_sentence='The sea is wide.', three_bullets='- a\n- b\n- c', capitals='THE SEA IS WIDE',
+    lowercase='the sea is wide', at_most_15_words='Wide and blue.',
+    at_least_60_words='wide '*60, no_commas='It is wide. It is blue.',
     keyword='A lantern shines.', forbidden_word='Waves rise. Gulls cry.', ending='So it is. That is all.',
     beginning='Honestly it is very wide.', quoted='"It is wide."', json='{"title": "Sea", "mood": "calm"}',
     two_paragraphs='One.\n\nTwo.', question='How deep is it?')
 BAD = dict(
-    one_sentence='It is. It was.', three_bullets='Here:\n- a\n- b\n- c', capitals='The sea', lowercase='The sea is wide',
-    at_most_15_words='wide '*16, at_least_60_words='wide '*59, no_commas='It is wide, and blue. Yes.',
+    one_sentence='It is. It was.', three_bullets='Here:\n- a\n- b\n- c', capitals='The sea',
+    lowercase='The sea is wide', at_most_15_words='wide '*16,
+    at_least_60_words='wide '*59, no_commas='It is wide, and blue. Yes.',
     keyword='Lanterns shine.', forbidden_word='The waves. Gulls.', ending='That is all. Or not.',
     beginning='It is, honestly, wide.', quoted='It is "wide".', json='{"title": "Sea"}', two_paragraphs='One.\nTwo.',
     question='How deep? Very.')
