@@ -93,7 +93,7 @@ def evaluate(
     return StepMetrics(0, {k: v for k, v in metrics.items() if k.startswith(known) or k == 'num_pairs'},
                        [{k: v for k, v in r.items() if k != 'loss'} for r in metrics.pairs])
 
-# %% ../nbs/13_evals.ipynb #1260c3a1
+# %% ../nbs/13_evals.ipynb #b19c07df
 def pair_values(
     records: Sequence[dict],    # of an evaluation
     beta: float,                # turns logratios into rewards
@@ -112,7 +112,7 @@ def paired(
     "Two means, and their difference with its interval."
     import torch
     if len(base) != len(tuned): raise ValueError(f"{len(base)} samples of one and {len(tuned)} of the other: pair them")
-    if not base: raise ValueError("there is nothing to compare: no sample has both values")
+    if not len(base): raise ValueError("there is nothing to compare: no sample has both values")
     a, b = (torch.tensor(list(map(float, x)), dtype=torch.float64) for x in (base, tuned))
     low, high = mean_interval(b - a)
     return dict(base=a.mean().item(), tuned=b.mean().item(), difference=(b - a).mean().item(), low=low, high=high,

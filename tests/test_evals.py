@@ -31,7 +31,7 @@ ASKED = [[dict(role='user', content=text)] for text in prompts('test')]
 def run(tmp_path_factory):
     asked = Config(log_path=str(tmp_path_factory.mktemp('evals')/'run'), max_steps=20, eval_every=0, learning_rate=1e-3)
     run = run_dpo(asked, lambda line: None)
-    for last in run: pass
+    *_, last = run
     return run, last
 
 
@@ -52,7 +52,8 @@ def test_a_run_is_measured_as_it_measured_itself(run, base):
 def test_without_a_reference_there_are_no_rewards(tuned, base):
     alone, beside = evaluate(tuned, PAIRS), evaluate(tuned, PAIRS, base)
     assert not {'accuracy', 'margin', 'dpo_loss'} & {*alone}
-    for name in ('nll', 'chosen_nll', 'rejected_nll', 'nll_low'): assert alone[name] == pytest.approx(beside[name], abs=1e-6)
+    for name in ('nll', 'chosen_nll', 'rejected_nll', 'nll_low'):
+        assert alone[name] == pytest.approx(beside[name], abs=1e-6)
     assert len(alone.pairs) == 40 and 'loss' not in alone.pairs[0]
 
 
@@ -84,8 +85,8 @@ def test_two_formats_are_not_compared(base):
     from dpo_lab.renderers import Format
     model, tokenizer = tiny_model()
     other = Subject('other', model, tokenizer, get_renderer(Format(
-        'plain', user=('Q:', ' {c}\n\n'), past=('A:', ' {c}\n\n'), opening='A:', answer=' {c}', end='\n\n', borrowed='Q:',
-        stop=('\n\nQ:',)), tokenizer))
+        'plain', user=('Q:', ' {c}\n\n'), past=('A:', ' {c}\n\n'), opening='A:', answer=' {c}', end='\n\n',
+        borrowed='Q:', stop=('\n\nQ:',)), tokenizer))
     with pytest.raises(ValueError, match='speaks plain'): compare(base, other, PAIRS)
 
 
@@ -142,7 +143,8 @@ def test_the_better_model_wins_by_the_true_reward(base, tuned):
 
 
 def test_the_sampled_kl_is_near_the_exact_one(base, tuned):
-    exact = np.mean([policy_kl(*(space_logps(s.model, s.tokenizer, p) for s in (tuned, base))) for p in prompts('test')])
+    def logps(s, p): return space_logps(s.model, s.tokenizer, p)
+    exact = np.mean([policy_kl(logps(tuned, p), logps(base, p)) for p in prompts('test')])
     found = sampled_kl(tuned, base, ASKED, k=40, max_new_tokens=32)
     assert abs(found['kl'] - exact) < max(.15*exact, found['kl_high'] - found['kl_low'])
     assert sampled_kl(base, base, ASKED, max_new_tokens=32)['kl'] == pytest.approx(0, abs=1e-4)
