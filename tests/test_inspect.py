@@ -83,6 +83,13 @@ def test_requests_share_a_forward_pass_and_change_no_answer(tmp_path):
     assert set(one.api.batches) == {1} and max(many.api.batches) > 4 and sum(many.api.batches) == 16
 
 
+def test_more_requests_than_a_batch_holds_are_all_answered(tmp_path):
+    few = provider(batch_size=3)
+    log = run(toy(1), few, tmp_path, max_connections=12)
+    assert log.status == 'success' and not any(s.error for s in log.samples)
+    assert sum(few.api.batches) == 12 and max(few.api.batches) == 3
+
+
 def test_a_prompt_that_is_asked_twice_is_answered_twice(tmp_path):
     task = Task(dataset=[Sample(input=prompts('test')[0], id=i) for i in range(12)], solver=generate())
     log, again = (run(task, provider(), tmp_path) for _ in range(2))
