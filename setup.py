@@ -37,5 +37,6 @@ setup(
     packages=find_namespace_packages(include=["dpo_lab*"], exclude=["*__pycache__"]), include_package_data=True,
     package_data={"dpo_lab": ["assets/**/*", "py.typed"]},
     install_requires=lines("requirements"), extras_require=extras,
-    entry_points={"console_scripts": lines("console_scripts"), "nbdev": ["dpo_lab=dpo_lab._modidx:d"]},
+    entry_points={"console_scripts": lines("console_scripts"), "nbdev": ["dpo_lab=dpo_lab._modidx:d"],
+                  "inspect_ai": ["dpo_lab=dpo_lab.inspect_provider"]},
 )

@@ -287,8 +287,10 @@ def test_draws_follow_the_probabilities():
     assert torch.allclose(rows.bincount(minlength=4)/n, scores.exp(), atol=.02)
     rows = draw(scores.repeat(n, 1), [stream]*n, top_p=.7).argmax(-1)  # the token that crosses .7 stays, the rest goes
     assert torch.allclose(rows.bincount(minlength=4)/n, torch.tensor([.625, .375, 0, 0]), atol=.02)
+    rows = draw(scores.repeat(n, 1), [stream]*n, top_k=3).argmax(-1)
+    assert torch.allclose(rows.bincount(minlength=4)/n, torch.tensor([.5, .3, .15, 0])/.95, atol=.02)
 
-@pytest.mark.parametrize('knobs, says', [
+@pytest.mark.parametrize('knobs, says', [(dict(top_k=-1), 'top_k'),
     (dict(temperature=-1), 'temperature'), (dict(top_p=0), 'top_p'),
     (dict(max_new_tokens=0), 'max_new_tokens'), (dict(max_new_tokens=2048), '2048')])
 def test_an_impossible_generation_is_refused(tiny, renderer, knobs, says):

@@ -1,0 +1,151 @@
+"Models on held-out pairs, two models on the same pairs, and win rates."
+import math
+
+import numpy as np
+import pytest
+import torch
+
+from dpo_lab.data import load_pairs
+from dpo_lab.evals import (
+    Subject,
+    as_subject,
+    compare,
+    evaluate,
+    length_controlled,
+    paired,
+    sampled_kl,
+    win_rate,
+    wins,
+)
+from dpo_lab.models import tiny_model
+from dpo_lab.onpolicy import find_judge
+from dpo_lab.renderers import get_renderer
+from dpo_lab.toy import policy_kl, prompts, space_logps
+from dpo_lab.train import Config, run_dpo
+
+PAIRS = load_pairs('toy').test[:40]
+ASKED = [[dict(role='user', content=text)] for text in prompts('test')]
+
+
+@pytest.fixture(scope='module')
+def run(tmp_path_factory):
+    asked = Config(log_path=str(tmp_path_factory.mktemp('evals')/'run'), max_steps=20, eval_every=0, learning_rate=1e-3)
+    run = run_dpo(asked, lambda line: None)
+    *_, last = run
+    return run, last
+
+
+@pytest.fixture(scope='module')
+def base(): return as_subject('tiny', device='cpu')
+
+
+@pytest.fixture(scope='module')
+def tuned(run): return as_subject(run[0].run, device='cpu')
+
+
+def test_a_run_is_measured_as_it_measured_itself(run, base):
+    found = evaluate(run[0].path, 'toy', base)
+    for name in ('accuracy', 'margin', 'dpo_loss', 'chosen_nll', 'accuracy_low', 'accuracy_high'):
+        assert found[name] == pytest.approx(run[1][f'test/{name}'], abs=1e-5), name
+
+
+def test_without_a_reference_there_are_no_rewards(tuned, base):
+    alone, beside = evaluate(tuned, PAIRS), evaluate(tuned, PAIRS, base)
+    assert not {'accuracy', 'margin', 'dpo_loss'} & {*alone}
+    for name in ('nll', 'chosen_nll', 'rejected_nll', 'nll_low'):
+        assert alone[name] == pytest.approx(beside[name], abs=1e-6)
+    assert len(alone.pairs) == 40 and 'loss' not in alone.pairs[0]
+
+
+def test_the_renderer_is_that_of_the_run(run, tuned):
+    assert tuned.renderer.name == run[0].run.config['renderer_name']
+    assert as_subject(run[0].path/'final').renderer.name == tuned.renderer.name
+
+
+def test_a_run_that_is_not_finished_is_refused(tmp_path):
+    unfinished = run_dpo(Config(log_path=str(tmp_path/'run'), eval_every=0), lambda line: None)
+    next(unfinished)
+    with pytest.raises(ValueError, match='not finished'): as_subject(tmp_path/'run')
+
+
+def test_a_model_beside_itself_differs_by_nothing(base):
+    table = compare(base, base, PAIRS)
+    assert (table.difference == 0).all() and (table.low == 0).all() and (table.high == 0).all()
+    assert table.base.accuracy == .5 and table.base.dpo_loss == pytest.approx(math.log(2))
+
+
+def test_the_paired_difference_is_that_of_the_means(base, tuned):
+    table, one, other = compare(base, tuned, PAIRS), evaluate(base, PAIRS, base), evaluate(tuned, PAIRS, base)
+    for name in ('accuracy', 'margin', 'dpo_loss'):
+        assert table.difference[name] == pytest.approx(other[name] - one[name], abs=1e-5)
+    assert table.low.margin < table.difference.margin < table.high.margin and table.n.margin == 40
+
+
+def test_two_formats_are_not_compared(base):
+    from dpo_lab.renderers import Format
+    model, tokenizer = tiny_model()
+    other = Subject('other', model, tokenizer, get_renderer(Format(
+        'plain', user=('Q:', ' {c}\n\n'), past=('A:', ' {c}\n\n'), opening='A:', answer=' {c}', end='\n\n',
+        borrowed='Q:', stop=('\n\nQ:',)), tokenizer))
+    with pytest.raises(ValueError, match='speaks plain'): compare(base, other, PAIRS)
+
+
+def test_a_paired_interval_covers_the_truth_as_often_as_it_says():
+    rng, hits = np.random.default_rng(0), 0
+    for _ in range(400):
+        shared = rng.normal(0, 5, 50)
+        found = paired(shared + rng.normal(0, 1, 50), shared + rng.normal(.3, 1, 50))
+        hits += found['low'] < .3 < found['high']
+        assert found['high'] - found['low'] < 1.2       # the shared part is gone
+    assert .9 < hits/400 < .98
+    with pytest.raises(ValueError, match='pair them'): paired([1., 2.], [1.])
+    with pytest.raises(ValueError, match='nothing to compare'): paired([], [])
+
+
+def test_a_judge_of_positions_decides_nothing():
+    class First:
+        name, workers = 'first', 1
+        def __call__(self, prompt, answers): return [-float(i) for i in range(len(answers))]
+        def report(self): return {}
+    assert wins(First(), ASKED[:3], ['a', 'b', 'c'], ['x', 'y', 'z']) == [.5, .5, .5]
+    assert wins(find_judge('longest'), ASKED[:3], ['aa', 'b', 'c'], ['x', 'yy', 'z']) == [1., 0., .5]
+
+
+def test_length_control_takes_away_what_length_won():
+    rng = np.random.default_rng(1)
+    gaps = rng.normal(40, 30, 4000)
+    def won(skill): return rng.random(4000) < 1/(1 + np.exp(-skill - 2*np.tanh(gaps/gaps.std())))
+    rate, low, high = length_controlled(won(0.), gaps)
+    assert low < .5 < high and high - low < .1
+    rate, low, high = length_controlled(won(1.), gaps)
+    assert low < 1/(1 + math.exp(-1)) < high
+    raw = won(0.).mean()
+    assert raw > .7
+
+
+@pytest.mark.parametrize('won, gaps', [([1.]*20, [5.]*20), ([0.]*20, list(range(20))), ([1.], [0.])])
+def test_length_control_stays_finite(won, gaps):
+    assert all(0 < x < 1 for x in length_controlled(won, gaps))
+
+
+def test_no_difference_in_length_leaves_the_raw_rate():
+    won = [1.]*60 + [0.]*40
+    assert length_controlled(won, [0]*100)[0] == pytest.approx(.6, abs=.01)
+
+
+def test_the_better_model_wins_by_the_true_reward(base, tuned):
+    found = win_rate(tuned, base, judge='toy', k=8, max_new_tokens=32)
+    assert found['win_rate_low'] > .5 and found['num_answers'] == 96 and len(found.pairs) == 96
+    back = win_rate(base, tuned, judge='toy', k=8, max_new_tokens=32)
+    assert back['win_rate'] == pytest.approx(1 - found['win_rate'])
+    same = win_rate(base, base, k=2, max_new_tokens=32)
+    assert same['win_rate'] == .5 and same['ties'] == 1. and same['lc_win_rate'] == pytest.approx(.5)
+
+
+def test_the_sampled_kl_is_near_the_exact_one(base, tuned):
+    def logps(s, p): return space_logps(s.model, s.tokenizer, p)
+    exact = np.mean([policy_kl(logps(tuned, p), logps(base, p)) for p in prompts('test')])
+    found = sampled_kl(tuned, base, ASKED, k=40, max_new_tokens=32)
+    assert abs(found['kl'] - exact) < max(.15*exact, found['kl_high'] - found['kl_low'])
+    assert sampled_kl(base, base, ASKED, max_new_tokens=32)['kl'] == pytest.approx(0, abs=1e-4)
+    assert torch.is_grad_enabled()
