@@ -56,7 +56,8 @@ def test_the_counterfactual_of_the_beta_that_was_used_is_what_was_measured(steps
 def test_a_counterfactual_beta_is_the_loss_at_that_beta(steps):
     frame = pair_frame(steps, step=2)
     for loss in ('sigmoid', 'ipo', 'simpo'):
-        assert counterfactual(frame, .7, loss)['loss'] == pytest.approx(get_loss(loss)(as_logps(frame), .7).mean().item())
+        want = get_loss(loss)(as_logps(frame), .7).mean().item()
+        assert counterfactual(frame, .7, loss)['loss'] == pytest.approx(want)
     with pytest.raises(ValueError, match='above 0'): counterfactual(frame, -1)
 
 
@@ -92,9 +93,10 @@ def test_credits_of_tokens_add_up_to_the_logratios_of_the_completions(tiny_rows)
     model, tokenizer = tiny_model()
     rows = tiny_rows[0][:32]
     for _ in train_dpo(model, rows, learning_rate=1e-3, max_steps=2): pass
-    got = torch.tensor([[sum(nats for _, nats in pair[side] if nats is not None) for pair in credit_map(model, tokenizer, rows)]
+    credits = credit_map(model, tokenizer, rows)
+    got = torch.tensor([[sum(nats for _, nats in pair[side] if nats is not None) for pair in credits]
                         for side in ('chosen', 'rejected')])
-    reference = torch.stack([torch.stack([row.reference.split(row.num_scored)[side].sum() for row in rows]) for side in (0, 1)])
+    reference = torch.tensor([[part.sum() for part in row.reference.split(row.num_scored)] for row in rows]).T
     with torch.no_grad(): want = pair_logps(model, pack(rows, 10**6)[0]) - reference
     assert got.abs().max() > .1 and torch.allclose(got, want, atol=5e-3)
 
