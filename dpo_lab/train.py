@@ -7,11 +7,11 @@ __all__ = ['RULES', 'CHOICES', 'DEFAULTS', 'TINY_DEFAULTS', 'CANNOT_CHANGE', 'OF
            'Config', 'nearest', 'check_ranges', 'config_table', 'resolve', 'settle_folder', 'resume_config',
            'build_loss', 'check_disk', 'as_reference', 'progress', 'find_renderer', 'row_limit', 'check_rows',
            'load_rows', 'join_reference', 'model_line', 'sample_answers', 'toy_metrics', 'check_tracker',
-           'make_tracker', 'interrupt_later', 'Experiment', 'DPORun', 'course', 'take_course', 'load_model',
-           'load_optimizer', 'load_everything', 'live_reference', 'saved_config', 'check_same_start', 'continue_run',
-           'move_reference', 'record_start', 'save_checkpoint', 'evaluate', 'held_out_prompts', 'sample', 'due',
-           'write_step', 'run_steps', 'finish', 'save_final', 'run_dpo', 'metrics_table', 'follow', 'summary',
-           'next_steps', 'parse', 'ask_person', 'run_command', 'main', 'quiet_libraries', 'open_lab', 'cli']
+           'make_tracker', 'interrupt_later', 'Experiment', 'DPORun', 'course', 'course_at', 'take_course',
+           'load_model', 'load_optimizer', 'load_everything', 'live_reference', 'saved_config', 'check_same_start',
+           'continue_run', 'move_reference', 'record_start', 'save_checkpoint', 'evaluate', 'held_out_prompts',
+           'sample', 'due', 'write_step', 'run_steps', 'finish', 'save_final', 'run_dpo', 'metrics_table', 'follow',
+           'summary', 'next_steps', 'parse', 'ask_person', 'run_command', 'main', 'quiet_libraries', 'open_lab', 'cli']
 
 # %% ../nbs/09_train.ipynb #2fe88477
 import json
@@ -494,7 +494,7 @@ class DPORun(Experiment):
         move_reference(self, self.config.reference_refresh_mix)
         self.writer.event(step, 'reference moved')
 
-# %% ../nbs/09_train.ipynb #1abd3435
+# %% ../nbs/09_train.ipynb #ba50d1be
 STEERABLE = ('dpo_beta', 'beta_end', 'learning_rate', 'loss')
 
 def course(
@@ -509,14 +509,22 @@ def course(
         changes.append((step, new))
     return [(at, fields) for at, fields in changes if fields]
 
+def course_at(
+    exp: DPORun,    # under way
+    step: int,      # which
+) -> dict: # field -> value
+    "What counts at a step."
+    fields = {f: getattr(exp.asked, f) for f in STEERABLE}
+    for at, new in sorted(exp.course, key=lambda change: change[0]): fields |= new if at <= step else {}
+    return fields
+
 def take_course(
     exp: DPORun,    # about to take a step
     step: int,      # which
 ):
     "Set beta, learning rate and loss to what counts at a step."
     from dpo_lab.training import DPOObjective
-    fields = {f: getattr(exp.asked, f) for f in STEERABLE}
-    for at, new in sorted(exp.course, key=lambda change: change[0]): fields |= new if at <= step else {}
+    fields = course_at(exp, step)
     changed = {f for f, value in fields.items() if value != getattr(exp.config, f)}
     if not changed: return
     exp.config = chz.replace(exp.config, **fields)
