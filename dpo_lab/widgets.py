@@ -27,7 +27,7 @@ from .steering import LiveRun, live_run
 from .sweep import Sweep, plan_text
 from .train import Config, course, course_at
 
-# %% ../nbs/17_widgets.ipynb #fcdcc476
+# %% ../nbs/17_widgets.ipynb #481bd454
 @cache
 def script(
     *names: str, # files of `assets/widgets`, without their ending
@@ -46,8 +46,8 @@ class LabWidget(anywidget.AnyWidget):
     code = trait(traitlets.Unicode, '')     # the line of Python that the widget stands for
 
     def __init__(self, **state):
-        super().__init__(**state)
         self.closed = threading.Event()
+        super().__init__(**state)
         self.on_msg(self._hear)
 
     def _hear(self, widget, message, buffers):

@@ -29,12 +29,15 @@ def lab(tmp_path_factory):
     folder, port = tmp_path_factory.mktemp('lab'), free_port()
     shutil.copy(ROOT/'nbs'/'tutorials'/'under_the_hand.ipynb', folder)
     env = os.environ | dict(PYTHONPATH=str(ROOT), OMP_NUM_THREADS='1', HF_HUB_OFFLINE='1',
-                            JUPYTER_CONFIG_DIR=str(folder/'config'))
+                            JUPYTER_CONFIG_DIR=str(folder/'config'), JUPYTERLAB_SETTINGS_DIR=str(folder/'settings'))
     words = ['--no-browser', '--allow-root', '--IdentityProvider.token=', f'--ServerApp.port={port}',
              f'--ServerApp.root_dir={folder}', '--expose-app-in-browser', '--LabApp.news_url=None',
              '--LabApp.check_for_updates_class=jupyterlab.NeverCheckForUpdate']
-    with open(folder/'log', 'w') as log:
-        server = subprocess.Popen([sys.executable, '-m', 'jupyterlab', *words], cwd=folder, env=env, stdout=log, stderr=log)
+    news = folder/'settings'/'@jupyterlab'/'apputils-extension'/'notification.jupyterlab-settings'
+    news.parent.mkdir(parents=True)
+    news.write_text('{"fetchNews": "false"}')
+    command = [sys.executable, '-m', 'jupyterlab', *words]
+    with open(folder/'log', 'w') as log: server = subprocess.Popen(command, cwd=folder, env=env, stdout=log, stderr=log)
     address = f'http://127.0.0.1:{port}'
     try:
         for _ in range(120):
@@ -50,7 +53,7 @@ def page(lab):
     with sync_playwright() as p:
         args = ['--no-sandbox', '--disable-gpu', '--disable-background-networking']
         browser = p.chromium.launch(executable_path=CHROMIUM, args=args)
-        page = browser.new_page(viewport=dict(width=1280, height=1000))
+        page = browser.new_page(viewport=dict(width=1400, height=1500))
         page.set_default_timeout(120_000)
         page.problems = []
         page.on('pageerror', lambda e: page.problems.append(str(e)))

@@ -10,6 +10,7 @@ const CSS = `
   border-radius:10px; padding:12px 14px; box-sizing:border-box; max-width:100%; container-type:inline-size; }
 .dl.dark { --bg:#16191d; --fg:#e7eaee; --dim:#a3adb9; --line:#343b44; --soft:#20252b; --accent:#63b3ed; --on:#10141a; --bad:#ff8a80; }
 .dl * { box-sizing:border-box; }
+.dl [hidden] { display:none !important; }
 .dl .row { display:flex; flex-wrap:wrap; gap:8px 12px; align-items:center; margin:4px 0; }
 .dl h4 { margin:0; font-size:14px; font-weight:650; }
 .dl .dim { color:var(--dim); }
@@ -35,6 +36,7 @@ const CSS = `
 .dl .plot .head button { padding:0 6px; min-height:20px; font-size:11px; margin-left:auto; }
 .dl .plot .keys { display:flex; flex-wrap:wrap; gap:0 9px; font-size:11px; color:var(--dim); }
 .dl .plot .keys i { display:inline-block; width:12px; height:3px; border-radius:2px; margin-right:4px; vertical-align:middle; }
+.dl .plot .keys i.dot { width:7px; height:7px; border-radius:50%; }
 .dl canvas { display:block; width:100%; touch-action:pan-y; border-radius:4px; }
 .dl .tip { position:absolute; pointer-events:none; background:var(--bg); color:var(--fg); border:1px solid var(--line); border-radius:6px;
   padding:3px 7px; font-size:11px; white-space:pre; z-index:5; box-shadow:0 2px 8px #0003; font-variant-numeric:tabular-nums; }
@@ -59,7 +61,7 @@ function el(tag, props = {}, ...children) {
 function short(v) {
   if (v === null || v === undefined || !isFinite(v)) return '–';
   const a = Math.abs(v);
-  if (a !== 0 && (a < 1e-3 || a >= 1e5)) return v.toExponential(2).replace('e+', 'e');
+  if (a !== 0 && (a < 1e-3 || a >= 1e5)) return v.toExponential(2).replace('e+', 'e').replace(/\.?0+e/, 'e');
   return String(+v.toPrecision(a >= 100 ? 4 : 3));
 }
 
@@ -104,8 +106,8 @@ function codeLine() {
 
 function ticks(lo, hi, log, n) {
   if (log) {
-    const out = [], a = Math.floor(Math.log10(lo)), b = Math.ceil(Math.log10(hi)), every = Math.max(1, Math.ceil((b - a) / n));
-    for (let e = a; e <= b; e += every) for (const m of b - a <= 1 ? [1, 2, 5] : [1]) { const v = m * 10 ** e; if (v >= lo * .999 && v <= hi * 1.001) out.push(v); }
+    const out = [], a = Math.floor(Math.log10(lo)), b = Math.ceil(Math.log10(hi)), span = Math.log10(hi / lo), every = Math.max(1, Math.ceil(span / n));
+    for (let e = a; e <= b; e += every) for (const m of span < .8 ? [1, 1.5, 2, 3, 4, 5, 7] : span < 2 ? [1, 2, 5] : [1]) { const v = m * 10 ** e; if (v >= lo * .999 && v <= hi * 1.001) out.push(v); }
     return out;
   }
   const raw = (hi - lo) / n, mag = 10 ** Math.floor(Math.log10(raw)), step = [1, 2, 5, 10].find(m => m * mag >= raw) * mag, out = [];
@@ -191,7 +193,7 @@ class Plot {
     const color = s => typeof s.color === 'number' ? palette[s.color % palette.length] : s.color;
     this.button.textContent = this.logy ? 'log' : 'lin';
     this.button.setAttribute('aria-label', `${this.title}: vertical axis is ${this.logy ? 'logarithmic' : 'linear'}, switch`);
-    this.keys.replaceChildren(...this.series.filter(s => s.name && !s.quiet).map(s => el('span', {}, el('i', { style: `background:${color(s)}` }), s.name)));
+    this.keys.replaceChildren(...this.series.filter(s => s.name && !s.quiet).map(s => el('span', {}, el('i', { class: s.points ? 'dot' : '', style: `background:${color(s)}` }), s.name)));
     this.bounds();
     g.scale(r, r); g.clearRect(0, 0, w, h);
     g.font = '10px system-ui,sans-serif'; g.lineWidth = 1; g.textBaseline = 'middle';
