@@ -1,0 +1,186 @@
+"The widgets in a real JupyterLab, under a real pointer: headless Chromium opens the tutorial and works with it."
+import os
+import shutil
+import socket
+import subprocess
+import sys
+import time
+import urllib.request
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+CHROMIUM = os.environ.get('CHROMIUM') or shutil.which('chromium') or shutil.which('chromium-browser')
+pytest.importorskip('playwright', reason='needs playwright: pip install playwright')
+pytest.importorskip('jupyterlab', reason='needs jupyterlab')
+if not CHROMIUM: pytest.skip('needs Chromium: install it, or set CHROMIUM to its path', allow_module_level=True)
+
+SHOTS = os.environ.get('DPO_LAB_SCREENSHOTS')   # a folder for pictures of what the test saw
+
+
+def free_port():
+    with socket.socket() as s: s.bind(('127.0.0.1', 0)); return s.getsockname()[1]
+
+
+@pytest.fixture(scope='module')
+def lab(tmp_path_factory):
+    "Address of a JupyterLab on a copy of the tutorial."
+    folder, port = tmp_path_factory.mktemp('lab'), free_port()
+    shutil.copy(ROOT/'nbs'/'tutorials'/'under_the_hand.ipynb', folder)
+    env = os.environ | dict(PYTHONPATH=str(ROOT), OMP_NUM_THREADS='1', HF_HUB_OFFLINE='1',
+                            JUPYTER_CONFIG_DIR=str(folder/'config'), JUPYTERLAB_SETTINGS_DIR=str(folder/'settings'))
+    words = ['--no-browser', '--allow-root', '--IdentityProvider.token=', f'--ServerApp.port={port}',
+             f'--ServerApp.root_dir={folder}', '--expose-app-in-browser', '--LabApp.news_url=None',
+             '--LabApp.check_for_updates_class=jupyterlab.NeverCheckForUpdate']
+    news = folder/'settings'/'@jupyterlab'/'apputils-extension'/'notification.jupyterlab-settings'
+    news.parent.mkdir(parents=True)
+    news.write_text('{"fetchNews": "false"}')
+    command = [sys.executable, '-m', 'jupyterlab', *words]
+    with open(folder/'log', 'w') as log: server = subprocess.Popen(command, cwd=folder, env=env, stdout=log, stderr=log)
+    address = f'http://127.0.0.1:{port}'
+    try:
+        for _ in range(120):
+            try: urllib.request.urlopen(f'{address}/api', timeout=1); break
+            except OSError: time.sleep(.5)
+        yield address
+    finally: server.terminate(); server.wait(20)
+
+
+@pytest.fixture(scope='module')
+def page(lab):
+    from playwright.sync_api import sync_playwright
+    with sync_playwright() as p:
+        args = ['--no-sandbox', '--disable-gpu', '--disable-background-networking']
+        browser = p.chromium.launch(executable_path=CHROMIUM, args=args)
+        page = browser.new_page(viewport=dict(width=1400, height=1500))
+        page.set_default_timeout(120_000)
+        page.problems = []
+        page.on('pageerror', lambda e: page.problems.append(str(e)))
+        def asked(r):
+            if not r.url.startswith((lab, 'data:', 'blob:')): page.problems.append(f'fetched {r.url}')
+        page.on('request', asked)
+        page.goto(f'{lab}/lab/tree/under_the_hand.ipynb?reset')
+        page.wait_for_selector('.jp-Notebook')
+        yield page
+        browser.close()
+
+
+def shot(page, name, widget=None):
+    if not SHOTS: return
+    Path(SHOTS).mkdir(parents=True, exist_ok=True)
+    (widget or page).screenshot(path=f'{SHOTS}/{name}.png')
+
+
+def widget(page, label):
+    found = page.locator(f'.dl[aria-label="{label}"]').first
+    found.wait_for(state='visible')
+    return found
+
+
+def until(true, seconds=120):
+    end = time.monotonic() + seconds
+    while not true():
+        assert time.monotonic() < end, 'it did not happen'
+        time.sleep(.1)
+
+
+def step(monitor): return int(monitor.locator('.num').first.inner_text().split()[1].replace('–', '-1'))
+def state(box): return box.locator('.pill').inner_text()
+
+
+def theme(page, dark):
+    change = "name => window.jupyterapp.commands.execute('apputils:change-theme', {theme: name})"
+    page.evaluate(change, f"JupyterLab {'Dark' if dark else 'Light'}")
+    page.wait_for_timeout(1200)
+
+
+def test_a_person_works_with_the_tutorial(page):
+    page.get_by_role('menuitem', name='Run', exact=True).click()
+    page.get_by_role('menuitem', name='Run All Cells', exact=True).click()
+    monitor = widget(page, 'Training monitor')
+    monitor.scroll_into_view_if_needed()
+    until(lambda: step(monitor) > 12)
+    # another beta in the middle
+    box = monitor.get_by_label('beta from the next step')
+    box.fill('0.6')
+    monitor.get_by_role('button', name='Apply beta').click()
+    until(lambda: 'dpo_beta 0.1 → 0.6' in monitor.inner_text())
+    # pause, and nothing moves; continue, and it does
+    tick = time.monotonic()
+    monitor.get_by_role('button', name='Pause the training').click()
+    until(lambda: state(monitor) == 'paused')
+    assert time.monotonic() - tick < 3
+    page.wait_for_timeout(600)
+    held = step(monitor)
+    page.wait_for_timeout(800)
+    assert step(monitor) == held
+    shot(page, 'monitor-light', monitor)
+    theme(page, dark=True)
+    until(lambda: 'dark' in monitor.get_attribute('class'))
+    shot(page, 'monitor-dark', monitor)
+    monitor.get_by_role('button', name='Continue the training').click()
+    until(lambda: step(monitor) > held)
+    monitor.get_by_role('button', name='Stop the training').click()
+    until(lambda: state(monitor) == 'stopped')
+    stopped = step(monitor)
+    monitor.get_by_role('button', name='Continue the training').click()
+    until(lambda: step(monitor) > stopped)
+    until(lambda: state(monitor) == 'finished')
+    assert not page.problems
+
+
+def test_the_keyboard_reads_a_curve(page):
+    monitor = widget(page, 'Training monitor')
+    curve = monitor.locator('canvas').first
+    curve.focus()
+    for _ in range(3): curve.press('ArrowLeft')
+    assert 'margin' in monitor.locator('.plot .sr').first.inner_text()
+    assert 'Newest: margin' in curve.get_attribute('aria-label')
+
+
+def test_a_sweep_is_started_watched_stopped_continued_and_chosen_from(page):
+    panel = widget(page, 'Sweep panel')
+    panel.scroll_into_view_if_needed()
+    panel.get_by_role('button', name='Start').click()
+    until(lambda: panel.locator('.heat .cell').count() == 9)
+    until(lambda: '%' in panel.locator('.heat').inner_text().replace('0 %', ''))
+    panel.get_by_role('button', name='Stop').click()
+    until(lambda: state(panel) == 'stopped')
+    panel.get_by_role('button', name='Continue').click()
+    until(lambda: 'done' in panel.locator('.heat').inner_text())
+    until(lambda: state(panel) == 'finished', 400)
+    cell = panel.locator('.heat .cell').nth(4)
+    cell.click()
+    until(lambda: 'run_dpo(Config(' in panel.inner_text() and 'python -m dpo_lab.train' in panel.inner_text())
+    assert 'dpo_beta=0.1' in panel.inner_text() and 'best held-out accuracy' in panel.inner_text()
+    shot(page, 'sweep-dark', panel)
+    theme(page, dark=False)
+    until(lambda: 'dark' not in panel.get_attribute('class'))
+    shot(page, 'sweep-light', panel)
+    assert not page.problems
+
+
+def test_a_pair_opens_to_its_tokens(page):
+    browser = widget(page, 'Pair browser')
+    browser.scroll_into_view_if_needed()
+    assert browser.locator('.lines .line').count() < 40 and '800 pairs' in browser.inner_text()
+    grid = browser.get_by_role('grid')
+    grid.focus(); grid.press('ArrowDown'); grid.press('Enter')
+    browser.locator('.tok.scored').first.wait_for()
+    assert 'nats since the reference' in browser.inner_text() and 'credit_map' in browser.inner_text()
+    shot(page, 'pairs-light', browser)
+    theme(page, dark=True); shot(page, 'pairs-dark', browser)
+
+
+def test_a_slider_turns_the_losses(page):
+    explorer = page.locator('.dl[aria-label="Loss explorer"]').nth(1)
+    explorer.scroll_into_view_if_needed()
+    before = explorer.locator('table').inner_text()
+    slider = explorer.get_by_label('beta, logarithmic')
+    slider.focus()
+    for _ in range(40): slider.press('ArrowRight')
+    until(lambda: explorer.locator('table').inner_text() != before)
+    shot(page, 'losses-dark', explorer)
+    theme(page, dark=False); shot(page, 'losses-light', explorer)
+    assert not page.problems
