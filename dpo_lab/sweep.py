@@ -5,12 +5,12 @@
 # %% auto #0
 __all__ = ['ROWS_DEPEND_ON', 'SHOWN', 'METRICS', 'OTHER_PAIRS', 'logspace', 'as_axes', 'combination', 'grid', 'point_name',
            'point_configs', 'status', 'shared_rows', 'open_run', 'run_point', 'share_cores', 'processes', 'outcomes',
-           'Sweep', 'sweep_table', 'with_interval', 'short_table', 'sweep_folder', 'begin_sweep', 'train_points',
-           'sweep', 'student', 'interval', 'delta_of', 'pair_values', 'Verdict', 'compare', 'train_command',
-           'folder_bytes', 'Probe', 'probe', 'point_seconds', 'estimate', 'SweepConfig', 'split_values', 'parse_sweep',
-           'human', 'plan_text', 'follow_points', 'show_sweep', 'main']
+           'Sweep', 'sweep_table', 'with_interval', 'short_table', 'sweep_folder', 'begin_sweep', 'locked',
+           'train_points', 'sweep', 'student', 'interval', 'delta_of', 'pair_values', 'Verdict', 'compare',
+           'train_command', 'folder_bytes', 'Probe', 'probe', 'point_seconds', 'estimate', 'SweepConfig',
+           'split_values', 'parse_sweep', 'human', 'plan_text', 'follow_points', 'show_sweep', 'main']
 
-# %% ../nbs/15_sweep.ipynb #00b4df93
+# %% ../nbs/15_sweep.ipynb #8acd4710
 import gc
 import json
 import math
@@ -27,6 +27,7 @@ import traceback
 import uuid
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ProcessPoolExecutor
+from contextlib import contextmanager
 from dataclasses import dataclass
 from multiprocessing import get_context
 from pathlib import Path
@@ -329,20 +330,29 @@ def begin_sweep(
     write_json(path/'sweep.json', {'config': chz.asdict(config), 'axes': axes, 'samples': samples})
     return Sweep(path)
 
-# %% ../nbs/15_sweep.ipynb #f3756293
+# %% ../nbs/15_sweep.ipynb #5a7d453b
+@contextmanager
+def locked(
+    sweep: Sweep, # laid out
+):
+    "Hold a sweep, so that no other process trains it too."
+    from filelock import FileLock, Timeout
+    lock = FileLock(sweep.path/'.lock', timeout=0)
+    try: lock.acquire()
+    except Timeout: raise FileExistsError(f"{sweep.path}: another process is training this sweep") from None
+    try: yield
+    finally: lock.release()
+
 def train_points(
     sweep: Sweep,       # laid out
     executor: Any=None, # with `submit`; None: here
 ) -> Iterator[tuple[str, dict]]: # name, and what `run_point` gives
     "Train what is not finished, a point at a time; the caller owns the loop."
-    from filelock import FileLock, Timeout
     jobs = {name: c for name, c in sweep.configs.items() if status(c) != 'finished'}
-    try:
-        with FileLock(sweep.path/'.lock', timeout=0):
-            for name, outcome in outcomes(jobs, executor):
-                append_jsonl(sweep.path/'points.jsonl', [{'point': name, **outcome}])
-                yield name, outcome
-    except Timeout: raise FileExistsError(f"{sweep.path}: another process is training this sweep") from None
+    with locked(sweep):
+        for name, outcome in outcomes(jobs, executor):
+            append_jsonl(sweep.path/'points.jsonl', [{'point': name, **outcome}])
+            yield name, outcome
 
 def sweep(
     config: Config,             # what all points share; its `log_path` is the sweep folder
@@ -719,5 +729,5 @@ def main(
         print(f'error: {e}', file=sys.stderr)
         return 2
 
-# %% ../nbs/15_sweep.ipynb #7769cdec
+# %% ../nbs/15_sweep.ipynb #094d2c7b
 if __name__ == '__main__' and '__file__' in globals(): sys.exit(main())     # a notebook is no file
