@@ -677,7 +677,6 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                'dpo_lab.sweep.point_seconds': ('sweep.html#point_seconds', 'dpo_lab/sweep.py'),
                                'dpo_lab.sweep.probe': ('sweep.html#probe', 'dpo_lab/sweep.py'),
                                'dpo_lab.sweep.processes': ('sweep.html#processes', 'dpo_lab/sweep.py'),
-                               'dpo_lab.sweep.read_json': ('sweep.html#read_json', 'dpo_lab/sweep.py'),
                                'dpo_lab.sweep.run_point': ('sweep.html#run_point', 'dpo_lab/sweep.py'),
                                'dpo_lab.sweep.share_cores': ('sweep.html#share_cores', 'dpo_lab/sweep.py'),
                                'dpo_lab.sweep.shared_rows': ('sweep.html#shared_rows', 'dpo_lab/sweep.py'),

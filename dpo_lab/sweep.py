@@ -5,13 +5,14 @@
 # %% auto #0
 __all__ = ['ROWS_DEPEND_ON', 'SHOWN', 'METRICS', 'OTHER_PAIRS', 'logspace', 'as_axes', 'combination', 'grid', 'point_name',
            'point_configs', 'status', 'shared_rows', 'open_run', 'run_point', 'share_cores', 'processes', 'outcomes',
-           'Sweep', 'read_json', 'sweep_table', 'with_interval', 'short_table', 'sweep_folder', 'begin_sweep',
+           'Sweep', 'sweep_table', 'with_interval', 'short_table', 'sweep_folder', 'begin_sweep', 'locked',
            'train_points', 'sweep', 'student', 'interval', 'delta_of', 'pair_values', 'Verdict', 'compare',
            'train_command', 'folder_bytes', 'Probe', 'probe', 'point_seconds', 'estimate', 'SweepConfig',
            'split_values', 'parse_sweep', 'human', 'plan_text', 'follow_points', 'show_sweep', 'main']
 
-# %% ../nbs/15_sweep.ipynb #686ae5f8
+# %% ../nbs/15_sweep.ipynb #8acd4710
 import gc
+import json
 import math
 import os
 import random
@@ -26,6 +27,7 @@ import traceback
 import uuid
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ProcessPoolExecutor
+from contextlib import contextmanager
 from dataclasses import dataclass
 from multiprocessing import get_context
 from pathlib import Path
@@ -132,7 +134,7 @@ def status(
                          "or behavior_if_log_dir_exists=delete to train its points again")
     return 'finished' if 'finished' in list(run.events.get('event', [])) else 'unfinished'
 
-# %% ../nbs/15_sweep.ipynb #b02464f7
+# %% ../nbs/15_sweep.ipynb #860629d9
 ROWS_DEPEND_ON = ('model_name', 'load_checkpoint_path', 'trust_remote_code', 'dataset', 'dataset_path',
                   'dataset_revision', 'test_dataset', 'renderer_name', 'train_on_what', 'max_length', 'truncation',
                   'batch_size')
@@ -216,7 +218,7 @@ def outcomes(
     finally:
         for future in waiting.values(): future.cancel()
 
-# %% ../nbs/15_sweep.ipynb #0be75e84
+# %% ../nbs/15_sweep.ipynb #0ac9b34f
 @dataclass(frozen=True)
 class Sweep:
     "A sweep folder, read as it is now."
@@ -229,7 +231,7 @@ class Sweep:
                                     "Sweeps are made by `python -m dpo_lab.sweep`")
 
     @property
-    def asked(self) -> dict: return read_json(self.path/'sweep.json')
+    def asked(self) -> dict: return json.loads((self.path/'sweep.json').read_text(encoding='utf-8'))
     @property
     def axes(self) -> dict[str, list]: return self.asked['axes']
     @property
@@ -255,14 +257,7 @@ class Sweep:
         shown = short_table(self.table, list(self.axes))
         return f'<b>{self.path.name}</b>' + shown.to_html(index=False, na_rep='')
 
-# %% ../nbs/15_sweep.ipynb #4e01b256
-def read_json(
-    path: Path, # a JSON file
-) -> dict:
-    "What a JSON file holds."
-    import json
-    return json.loads(path.read_text(encoding='utf-8'))
-
+# %% ../nbs/15_sweep.ipynb #2cbb8bdf
 def sweep_table(
     sweep: Sweep, # whose folder is read
 ):
@@ -281,7 +276,7 @@ def sweep_table(
     frame = pd.DataFrame(rows)
     return frame[[c for c in frame if c not in ('seconds', 'path', 'error')] + ['seconds', 'path', 'error']]
 
-# %% ../nbs/15_sweep.ipynb #459b5bc9
+# %% ../nbs/15_sweep.ipynb #bc7395c4
 SHOWN = ('accuracy', 'margin', 'dpo_loss', 'nll', 'true_reward')
 
 def with_interval(
@@ -298,7 +293,7 @@ def short_table(
     axes: list[str],    # its axes
 ):
     "The columns that fit on a screen, each estimate with its interval."
-    shown = table[[*axes, 'status']].copy()
+    shown = table[[*axes, 'status']].astype({axis: object for axis in axes})
     for name in (f'test/{name}' for name in SHOWN):
         if name not in table: continue
         low, high = (table[f'{name}_{end}'] if f'{name}_{end}' in table else table[name]*math.nan
@@ -335,20 +330,29 @@ def begin_sweep(
     write_json(path/'sweep.json', {'config': chz.asdict(config), 'axes': axes, 'samples': samples})
     return Sweep(path)
 
-# %% ../nbs/15_sweep.ipynb #f3756293
+# %% ../nbs/15_sweep.ipynb #5a7d453b
+@contextmanager
+def locked(
+    sweep: Sweep, # laid out
+):
+    "Hold a sweep, so that no other process trains it too."
+    from filelock import FileLock, Timeout
+    lock = FileLock(sweep.path/'.lock', timeout=0)
+    try: lock.acquire()
+    except Timeout: raise FileExistsError(f"{sweep.path}: another process is training this sweep") from None
+    try: yield
+    finally: lock.release()
+
 def train_points(
     sweep: Sweep,       # laid out
     executor: Any=None, # with `submit`; None: here
 ) -> Iterator[tuple[str, dict]]: # name, and what `run_point` gives
     "Train what is not finished, a point at a time; the caller owns the loop."
-    from filelock import FileLock, Timeout
     jobs = {name: c for name, c in sweep.configs.items() if status(c) != 'finished'}
-    try:
-        with FileLock(sweep.path/'.lock', timeout=0):
-            for name, outcome in outcomes(jobs, executor):
-                append_jsonl(sweep.path/'points.jsonl', [{'point': name, **outcome}])
-                yield name, outcome
-    except Timeout: raise FileExistsError(f"{sweep.path}: another process is training this sweep") from None
+    with locked(sweep):
+        for name, outcome in outcomes(jobs, executor):
+            append_jsonl(sweep.path/'points.jsonl', [{'point': name, **outcome}])
+            yield name, outcome
 
 def sweep(
     config: Config,             # what all points share; its `log_path` is the sweep folder
@@ -389,7 +393,7 @@ def interval(
     half = student(level, df)*math.sqrt(variance)
     return mean, mean - half, mean + half
 
-# %% ../nbs/15_sweep.ipynb #a06aebaf
+# %% ../nbs/15_sweep.ipynb #45a8b0b2
 def delta_of(pairs):
     "Delta of each pair, nats."
     return pairs.chosen_logratio - pairs.rejected_logratio
@@ -424,7 +428,7 @@ def pair_values(
     if not columns: raise ValueError(f"{sweep.path}: no point has finished; the errors are in its table")
     return pd.DataFrame(columns).dropna()
 
-# %% ../nbs/15_sweep.ipynb #0622652b
+# %% ../nbs/15_sweep.ipynb #12cf0a55
 @dataclass(frozen=True)
 class Verdict:
     "Which setting is best, and which others might be."
@@ -445,7 +449,8 @@ class Verdict:
         lines = [f'{self.best} has the best held-out {self.metric}: '
                  f'{with_interval(top.score, top.low, top.high)}, over {self.pairs} pairs and {seeds}.']
         if tied:
-            lines += [f'It cannot be told apart from {len(tied)} of {len(others)} others: {"; ".join(tied)}.',
+            named = '; '.join(tied[:3]) + f'; and {len(tied) - 3} more'*(len(tied) > 3)
+            lines += [f'It cannot be told apart from {len(tied)} of {len(others)} others: {named}.',
                       'Take any of these, or add held-out pairs or seeds.']
         elif len(others):
             near = others.iloc[0]
@@ -505,7 +510,7 @@ def train_command(
     words = [f'log_path={sweep.path}-best', *(f'{n}={v}' for n, v in asked.items() if v != fields[n]._default)]
     return ' '.join(['python -m dpo_lab.train', *map(shlex.quote, words)])
 
-# %% ../nbs/15_sweep.ipynb #2e036d3f
+# %% ../nbs/15_sweep.ipynb #55343080
 def folder_bytes(path: Path) -> int:
     "Bytes of all files of a folder."
     return sum(f.stat().st_size for f in Path(path).rglob('*') if f.is_file())
@@ -522,6 +527,7 @@ class Probe:
     other_seconds: float    # for the rest of a run: loading, sampling, saving
     bytes: int              # of a run's folder
 
+# %% ../nbs/15_sweep.ipynb #664daf1b
 def probe(
     config: Config,         # of a point
     held_out: int=64,       # pairs to evaluate
@@ -621,7 +627,7 @@ def parse_sweep(
     typed = {k: [getattr(parse(SweepConfig, [*fixed, f'{k}={v}']), k) for v in vs] for k, vs in axes.items()}
     return parse(SweepConfig, fixed), typed
 
-# %% ../nbs/15_sweep.ipynb #878d793d
+# %% ../nbs/15_sweep.ipynb #16ec8c60
 def human(seconds: float) -> str:
     "A time as people say it."
     if seconds < 90: return f'{seconds:.0f} s'
@@ -643,9 +649,10 @@ def plan_text(
     cost = estimate(configs, path, workers)
     lines = [f'{name:22} {", ".join(map(str, values))}' for name, values in axes.items()]
     counts = ', '.join(f'{states.count(s)} {s}' for s in ('finished', 'unfinished', 'new') if s in states)
-    lines += [f'{"points":22} {len(configs)}' + (f' sampled from {len(grid(axes))}' if samples else '') + f': {counts}',
+    sampled = f' sampled from {math.prod(map(len, axes.values()))}' if samples else ''
+    lines += [f'{"points":22} {len(configs)}{sampled}: {counts}',
               f'{"shared by all points":22} {shared} reference pass{"es"*(shared > 1)}; rows are read, tokenised and '
-              f'audited once in each of {workers} process{"es"*(workers > 1)}' + f' ({human(cost["shared"])})',
+              f'audited once' + f' in each of {workers} processes'*(workers > 1) + f' ({human(cost["shared"])})',
               f'{"time":22} about {human(cost["seconds"] + cost["shared"])}, {workers} at a time',
               f'{"disk":22} up to {cost["bytes"]/1e9:.2g} GB in {path}, '
               f'where {shutil.disk_usage(path.absolute().anchor).free/1e9:.1f} GB are free',
@@ -722,5 +729,5 @@ def main(
         print(f'error: {e}', file=sys.stderr)
         return 2
 
-# %% ../nbs/15_sweep.ipynb #7769cdec
+# %% ../nbs/15_sweep.ipynb #094d2c7b
 if __name__ == '__main__' and '__file__' in globals(): sys.exit(main())     # a notebook is no file

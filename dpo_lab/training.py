@@ -92,6 +92,7 @@ class DPOObjective:
     beta: float = .1                            # pull towards the reference; may be changed between steps
     state: dict = field(default_factory=dict)   # running numbers of a loss that keeps some
     live_reference: Callable|None = None        # for losses that need `token_kl`, see `pair_columns`
+    read: Callable = token_logps                # `(model, batch) -> (S,)` nats: where log-probs come from
 
     def __post_init__(self):
         self.loss = get_loss(self.loss)
@@ -100,7 +101,7 @@ class DPOObjective:
 
     def logps(self, model: nn.Module, batch: PairBatch) -> tuple[PairLogps, Tensor]: # and `(2, B)` `movement`
         "What the loss sees of a batch, and how far the policy has moved along it."
-        tokens = token_logps(model, batch)
+        tokens = self.read(model, batch)
         columns = [tokens] if batch.reference is None else [tokens, batch.reference]
         policy, *reference = (sum_by_completion(column, batch) for column in columns)
         more = pair_columns(self.needs, model, batch, columns, self.live_reference)

@@ -331,16 +331,14 @@ def test_a_perfect_score_is_not_certain(tmp_path):
     assert top.score == 1 and top.low < 1 and top.high == 1
 
 
-def test_settings_that_are_equal_seldom_differ():
-    "Twenty equal settings, 200 times: about one in twenty verdicts may find a difference."
+def test_the_truly_best_is_hardly_ever_ruled_out():
+    "Twenty equal settings, 300 times: the one we look at may be called worse in one of twenty."
     rng, wrong = np.random.default_rng(0), 0
-    for _ in range(200):
-        hard = rng.normal(size=100)
-        values = hard + rng.normal(size=(20, 1, 100))
+    for _ in range(300):
+        values = rng.normal(size=100) + rng.normal(size=(20, 1, 100))
         best = values.mean((1, 2)).argmax()
-        gaps = [interval(values[best] - v, 1 - .05/19)[1] > 0 for k, v in enumerate(values) if k != best]
-        wrong += any(gaps)
-    assert wrong/200 < .25      # the best was chosen for being best, which no pairwise level fully pays for
+        wrong += bool(best) and interval(values[best] - values[0], 1 - .05/19)[1] > 0
+    assert wrong/300 <= .05
 
 
 def test_other_held_out_pairs_are_not_compared(tmp_path):
