@@ -130,7 +130,7 @@ class _PairAttention(torch.autograd.Function):
                  torch.baddbmm(q.new_zeros(1, 1, 1), d.mT, q, beta=0, alpha=ctx.scaling), grad_value)
         return *(g.view(shape) for g, shape in zip(grads, ctx.shapes)), None, None
 
-# %% ../nbs/05_logprobs.ipynb #fa7d00d4
+# %% ../nbs/05_logprobs.ipynb #8951ec91
 GROUP_AREA = {'cpu': 2**17, 'cuda': 2**25}  # most scores of a head in one group
 GROUP_WASTE = 1.3                           # most scores computed for one that is needed
 
@@ -148,6 +148,7 @@ def groups_of(
         else: groups.append([b]); need = here
     return groups
 
+# %% ../nbs/05_logprobs.ipynb #b4b0c163
 @dataclass(frozen=True)
 class AttentionPlan:
     "Which tokens of a packed row are attended to together; P places, T tokens."
