@@ -179,5 +179,5 @@ def main(
         return int(any(f['failed'] or f['status'] != 'success' for f in facts))
     return answered('run_inspect_evals', argv, work)
 
-# %% ../nbs/13b_run_inspect_evals.ipynb #7769cdec
-if __name__ == '__main__': sys.exit(main())
+# %% ../nbs/13b_run_inspect_evals.ipynb #094d2c7b
+if __name__ == '__main__' and '__file__' in globals(): sys.exit(main())     # a notebook is no file
