@@ -665,6 +665,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                'dpo_lab.sweep.grid': ('sweep.html#grid', 'dpo_lab/sweep.py'),
                                'dpo_lab.sweep.human': ('sweep.html#human', 'dpo_lab/sweep.py'),
                                'dpo_lab.sweep.interval': ('sweep.html#interval', 'dpo_lab/sweep.py'),
+                               'dpo_lab.sweep.locked': ('sweep.html#locked', 'dpo_lab/sweep.py'),
                                'dpo_lab.sweep.logspace': ('sweep.html#logspace', 'dpo_lab/sweep.py'),
                                'dpo_lab.sweep.main': ('sweep.html#main', 'dpo_lab/sweep.py'),
                                'dpo_lab.sweep.open_run': ('sweep.html#open_run', 'dpo_lab/sweep.py'),
