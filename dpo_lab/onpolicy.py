@@ -630,5 +630,5 @@ def main(
         return 0
     return answered('onpolicy', argv, work)
 
-# %% ../nbs/12_onpolicy.ipynb #7769cdec
-if __name__ == '__main__': sys.exit(main())
+# %% ../nbs/12_onpolicy.ipynb #094d2c7b
+if __name__ == '__main__' and '__file__' in globals(): sys.exit(main())     # a notebook is no file

@@ -52,7 +52,7 @@ class InspectConfig:
             if not right: raise ValueError(f"{name}={getattr(self, name)!r} is out of range: see --help")
         if self.compare and not self.model_path: raise ValueError("compare=true needs a model_path to compare with")
 
-# %% ../nbs/13b_run_inspect_evals.ipynb #9b65afcb
+# %% ../nbs/13b_run_inspect_evals.ipynb #dd0123f5
 def evaluate_model(
     config: InspectConfig,      # what is asked
     model_path: str|None,       # of the model; None: the base
@@ -67,10 +67,14 @@ def evaluate_model(
     model = get_model(f'dpo_lab/{model_path or c.model_name}', memoize=False, **args)
     model.api.load()    # type: ignore[attr-defined]  # what is wrong with it is said before any task begins
     asked: list[Any] = [TASKS[name]() if name in TASKS else name for name in map(str.strip, c.tasks.split(','))]
-    return inspect_eval(
+    try: logs = inspect_eval(
         asked, model=model, log_dir=c.log_dir, limit=c.limit, epochs=c.epochs, fail_on_error=False,
         temperature=c.temperature, max_tokens=c.max_tokens, top_p=c.top_p, top_k=c.top_k or None, seed=c.seed,
         max_connections=c.batch_size, display=None if sys.stderr.isatty() else 'none', metadata=chz.asdict(c))
+    except (Exception, SystemExit) as e:    # a task that is not there, or lacks a package or its data
+        raise ValueError(f"tasks={c.tasks}: {str(e).strip() or type(e).__name__}") from e
+    if not logs: raise ValueError(f"tasks={c.tasks}: inspect finds no such task; ours are {', '.join(TASKS)}")
+    return logs
 
 def sample_values(
     log: Any,   # of inspect
@@ -179,5 +183,5 @@ def main(
         return int(any(f['failed'] or f['status'] != 'success' for f in facts))
     return answered('run_inspect_evals', argv, work)
 
-# %% ../nbs/13b_run_inspect_evals.ipynb #7769cdec
-if __name__ == '__main__': sys.exit(main())
+# %% ../nbs/13b_run_inspect_evals.ipynb #094d2c7b
+if __name__ == '__main__' and '__file__' in globals(): sys.exit(main())     # a notebook is no file

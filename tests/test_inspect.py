@@ -169,6 +169,9 @@ def test_the_command_says_what_came_of_it(tmp_path, capsys):
     assert 'true_reward' in capsys.readouterr().out
     assert main(['temperature=-1']) == 2 and 'temperature' in capsys.readouterr().err
     assert main(['tasks=dpo_lab/toy', 'model_name=no/such/place/at/all']) == 2
+    capsys.readouterr()
+    assert main(['tasks=no_such_task', 'renderer_name=role_colon', f'log_dir={tmp_path}/none']) == 2
+    assert 'tasks=no_such_task' in capsys.readouterr().err
 
 
 def test_setup_registers_the_provider():
