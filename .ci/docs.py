@@ -107,8 +107,11 @@ def output_html(output, page, links, models):
     if VIEW in data:
         model = data[VIEW]['model_id']
         if model not in models:
-            raise ValueError(f'{page.url}: a widget without saved state: run the notebook with its state saved')
-        page.widgets |= state_of(models, [model])
+            raise ValueError(f'{page.url}: a widget without saved state: save its state (JupyterLab: Settings > Save Widget State)')
+        shown = state_of(models, [model])
+        kinds = {saved['model_name'] for saved in shown.values()}
+        if 'FloatProgressModel' in kinds and 'AnyModel' not in kinds: return ''     # a bar that has come to its end
+        page.widgets |= shown
         return f'<div class="widget" data-model="{model}"></div>'
     if 'text/html' in data: return f'<div class="output wide">{data["text/html"]}</div>'
     if 'text/markdown' in data: return f'<div class="output">{prose(data["text/markdown"], page, links)}</div>'
