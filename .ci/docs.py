@@ -106,8 +106,9 @@ def output_html(output, page, links, models):
     data = output.data
     if VIEW in data:
         model = data[VIEW]['model_id']
-        if model not in models:
-            raise ValueError(f'{page.url}: a widget without saved state: save its state (JupyterLab: Settings > Save Widget State)')
+        if model not in models:     # `Settings > Save Widget State` in JupyterLab keeps it
+            print(f'{page.url}: a widget without saved state, shown as a line of text')
+            return '<p class="output"><em>A widget: open this notebook to use it.</em></p>'
         shown = state_of(models, [model])
         kinds = {saved['model_name'] for saved in shown.values()}
         if 'FloatProgressModel' in kinds and 'AnyModel' not in kinds: return ''     # a bar that has come to its end
