@@ -106,9 +106,13 @@ def output_html(output, page, links, models):
     data = output.data
     if VIEW in data:
         model = data[VIEW]['model_id']
-        if model not in models:
-            raise ValueError(f'{page.url}: a widget without saved state: run the notebook with its state saved')
-        page.widgets |= state_of(models, [model])
+        if model not in models:     # `Settings > Save Widget State` in JupyterLab keeps it
+            print(f'{page.url}: a widget without saved state, shown as a line of text')
+            return '<p class="output"><em>A widget: open this notebook to use it.</em></p>'
+        shown = state_of(models, [model])
+        kinds = {saved['model_name'] for saved in shown.values()}
+        if 'FloatProgressModel' in kinds and 'AnyModel' not in kinds: return ''     # a bar that has come to its end
+        page.widgets |= shown
         return f'<div class="widget" data-model="{model}"></div>'
     if 'text/html' in data: return f'<div class="output wide">{data["text/html"]}</div>'
     if 'text/markdown' in data: return f'<div class="output">{prose(data["text/markdown"], page, links)}</div>'
