@@ -17,7 +17,7 @@ def sources(notebook): return [''.join(cell['source']) for cell in json.loads(no
 
 CHAPTERS = {m[1]: nb for nb in sorted((ROOT/'nbs').glob('*.ipynb'))
             if (m := re.search(r'^#\|\s*default_exp (\S+)', '\n'.join(sources(nb)), re.M))}
-FLOOR = {module: int(re.match(r'\d+', nb.name)[0]) for module, nb in CHAPTERS.items()}
+FLOOR = {module: (int(nb.name[:2]), nb.name[2:].split('_')[0]) for module, nb in CHAPTERS.items()}     # 15b: (15, 'b')
 SETTINGS = configparser.ConfigParser(delimiters=['='])
 SETTINGS.read(ROOT/'settings.ini')
 

@@ -1,0 +1,66 @@
+"The learning-rate ramp: what it reads off a curve, its mistakes, its command."
+import numpy as np
+import pandas as pd
+import pytest
+
+from dpo_lab.finder import find_learning_rate, for_good, main, suggest
+from dpo_lab.train import Config
+
+
+def made_up(begins, costs, n=50):
+    "A ramp whose margin begins to grow at one rate and whose KL explodes at another."
+    rate, noise = np.geomspace(1e-6, 1e-2, n), np.random.default_rng(0).normal(size=n)*1e-4
+    return pd.DataFrame(dict(learning_rate=rate, margin=noise + np.maximum(0, rate - begins)*1e3,
+                             kl=np.where(rate > costs, 9., .01)))
+
+
+def test_it_reads_off_where_learning_begins_and_where_it_gets_expensive():
+    found = suggest(made_up(1e-5, 2e-3))
+    assert 1e-5 <= found.begins < 3e-5 and 1.5e-3 < found.costs < 4e-3
+    assert found.rate == pytest.approx(found.costs/10, rel=.05) and 'KL passes 1 nats' in found.reason
+
+
+def test_a_single_wild_step_changes_nothing():
+    curve = made_up(1e-5, 2e-3)
+    wild = curve.assign(kl=curve.kl.where(curve.index != 20, 1e6))
+    assert suggest(wild).rate == suggest(curve).rate
+
+
+def test_it_never_goes_below_where_learning_begins():
+    found = suggest(made_up(1e-3, 2e-3))
+    assert found.rate == pytest.approx(found.begins, rel=.05)
+
+
+def test_a_fall_of_the_margin_is_an_end():
+    curve = made_up(1e-5, 1.)
+    fallen = curve.assign(margin=curve.margin.where(curve.learning_rate < 1e-3, 0.))
+    assert 'falls back' in suggest(fallen).reason and suggest(fallen).costs < 2e-3
+
+
+def test_a_ramp_that_never_gets_expensive_says_so():
+    assert 'the ramp ends' in suggest(made_up(1e-5, 1.)).reason
+
+
+def test_a_flat_ramp_is_an_error():
+    with pytest.raises(ValueError, match='never left its noise'): suggest(made_up(1., 1.))
+
+
+def test_for_good_means_until_the_end():
+    assert for_good(pd.Series([True, False, True, True])) == 2
+    assert for_good(pd.Series([True, False])) == 2 and for_good(pd.Series([True])) == 0
+
+
+@pytest.mark.parametrize('asked, said', [(dict(low=1., high=.1), 'low < high'), (dict(steps=3), 'at least 8'),
+                                         (dict(budget=0), 'above 0')])
+def test_a_mistake_is_refused_before_any_work(asked, said):
+    with pytest.raises(ValueError, match=said): find_learning_rate(Config(), **asked)
+
+
+def test_the_command_answers_a_mistake_in_a_sentence(capsys):
+    assert main(['low=1', 'high=0.1']) == 2
+    assert capsys.readouterr().err.startswith('error: low=1.0')
+
+
+def test_the_command_suggests_a_rate(capsys):
+    assert main(['steps=12', 'high=1e-2', 'max_steps=12']) == 0
+    assert 'learning_rate=' in capsys.readouterr().out
