@@ -61,7 +61,7 @@ def page(lab):
             if not r.url.startswith((lab, 'data:', 'blob:')): page.problems.append(f'fetched {r.url}')
         page.on('request', asked)
         page.goto(f'{lab}/lab/tree/under_the_hand.ipynb?reset')
-        page.wait_for_selector('.jp-Notebook')
+        page.wait_for_selector('.jp-Notebook-ExecutionIndicator[data-status="idle"]')
         yield page
         browser.close()
 
@@ -95,9 +95,16 @@ def theme(page, dark):
     page.wait_for_timeout(1200)
 
 
+def run_all(page):
+    "Run > Run All Cells; Lab may ask for the kernel first."
+    page.evaluate("void window.jupyterapp.commands.execute('notebook:run-all-cells')")
+    ask = page.locator('.jp-Dialog button.jp-mod-accept')
+    until(lambda: ask.count() or page.locator('.dl').count())
+    if ask.count(): ask.click()
+
+
 def test_a_person_works_with_the_tutorial(page):
-    page.get_by_role('menuitem', name='Run', exact=True).click()
-    page.get_by_role('menuitem', name='Run All Cells', exact=True).click()
+    run_all(page)
     monitor = widget(page, 'Training monitor')
     monitor.scroll_into_view_if_needed()
     until(lambda: step(monitor) > 12)
