@@ -105,30 +105,41 @@ def pair_attention(
     weights = scores.softmax(-1, dtype=torch.promote_types(scores.dtype, torch.float32)).to(value.dtype)
     return (weights.view(n, K, H//K * L, L) @ value).view(n, H, L, -1)
 
-# %% ../nbs/05_logprobs.ipynb #d74ad079
+# %% ../nbs/05_logprobs.ipynb #940e0261
 class _PairAttention(torch.autograd.Function):
-    "`pair_attention` without softcap, with its closed-form gradient."
-    @staticmethod
-    def forward(ctx, query, key, value, hidden, scaling):
-        n, H, L, D = query.shape
-        K = key.shape[1]
-        q, k, v = query.reshape(n*K, H//K * L, D), key.reshape(n*K, L, D), value.reshape(n*K, L, -1)
-        scores = torch.baddbmm(q.new_zeros(1, 1, 1), q, k.mT, beta=0, alpha=scaling)
-        scores.view(n, K, H//K, L, L).masked_fill_(hidden, -torch.inf)
-        weights = scores.softmax(-1, dtype=torch.promote_types(scores.dtype, torch.float32)).to(v.dtype)
-        ctx.save_for_backward(q, k, v, weights)
-        ctx.scaling, ctx.shapes = scaling, (query.shape, key.shape, value.shape)
-        return (weights @ v).view(n, H, L, -1)
+    "`pair_attention` without softcap, with its closed-form gradient; also gives the weights."
+    generate_vmap_rule = True       # a stack of models goes through it too
 
     @staticmethod
-    def backward(ctx, grad):
-        q, k, v, weights = ctx.saved_tensors
+    def forward(query, key, value, hidden, scaling):
+        n, H, L, D = query.shape
+        q, k, v = _stacked(query, key, value)
+        scores = torch.baddbmm(q.new_zeros(1, 1, 1), q, k.mT, beta=0, alpha=scaling)
+        scores.view(n, key.shape[1], -1, L, L).masked_fill_(hidden, -torch.inf)
+        weights = scores.softmax(-1, dtype=torch.promote_types(scores.dtype, torch.float32)).to(v.dtype)
+        return (weights @ v).view(n, H, L, -1), weights
+
+    @staticmethod
+    def setup_context(ctx, inputs, output):
+        *qkv, _, ctx.scaling = inputs
+        ctx.mark_non_differentiable(output[1])
+        ctx.save_for_backward(*qkv, output[1])
+
+    @staticmethod
+    def backward(ctx, grad, _):
+        *qkv, weights = ctx.saved_tensors
+        q, k, v = _stacked(*qkv)
         grad = grad.reshape(len(q), q.shape[1], -1)
         grad_value, d = weights.mT @ grad, (grad @ v.mT).mul_(weights)
         d.addcmul_(weights, d.sum(-1, keepdim=True), value=-1)
         grads = (torch.baddbmm(q.new_zeros(1, 1, 1), d, k, beta=0, alpha=ctx.scaling),
                  torch.baddbmm(q.new_zeros(1, 1, 1), d.mT, q, beta=0, alpha=ctx.scaling), grad_value)
-        return *(g.view(shape) for g, shape in zip(grads, ctx.shapes)), None, None
+        return *(g.view(x.shape) for g, x in zip(grads, qkv)), None, None
+
+def _stacked(query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    "`(n*K, H/K*L, D)` queries beside the `(n*K, L, D)` keys and values that they share."
+    n, K, L, D = key.shape
+    return query.reshape(n*K, -1, D), key.reshape(n*K, L, D), value.reshape(n*K, L, -1)
 
 # %% ../nbs/05_logprobs.ipynb #8951ec91
 GROUP_AREA = {'cpu': 2**17, 'cuda': 2**25}  # most scores of a head in one group
@@ -178,7 +189,7 @@ def attention_plan(
     back = torch.empty(sum(lengths), dtype=torch.long).index_copy_(0, flat[used], used)
     return AttentionPlan(flat.clamp(min=0).to(device), back.to(device), hidden)
 
-# %% ../nbs/05_logprobs.ipynb #f0c8cfaf
+# %% ../nbs/05_logprobs.ipynb #8921caee
 def shared_prompt_attention(
     module: nn.Module,              # the attention layer that calls
     query: Tensor,                  # `(1, H, T, D)`
@@ -204,9 +215,11 @@ def shared_prompt_attention(
         chosen = x[0].transpose(0, 1).index_select(0, plan.places).split([n*L for n, L in plan.shapes])
         return [part.unflatten(0, shape).transpose(1, 2) for part, shape in zip(chosen, plan.shapes)]
     scaling = scaling or query.shape[-1]**-.5
-    attend: Callable = _PairAttention.apply if softcap is None else partial(pair_attention, softcap=softcap)
-    out = [attend(*qkv, hidden, scaling).transpose(1, 2).flatten(0, 1)
-           for *qkv, hidden in zip(grouped(query), grouped(key), grouped(value), plan.hidden)]
+    def attend(q, k, v, hidden):
+        if softcap is not None: return pair_attention(q, k, v, hidden, scaling, softcap)
+        return _PairAttention.apply(q, k, v, hidden, scaling)[0]
+    out = [attend(*group).transpose(1, 2).flatten(0, 1)
+           for group in zip(grouped(query), grouped(key), grouped(value), plan.hidden)]
     return torch.cat(out).index_select(0, plan.back)[None], None
 
 # %% ../nbs/05_logprobs.ipynb #f1572e7a
