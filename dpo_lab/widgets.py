@@ -102,7 +102,7 @@ class LossExplorer(LabWidget):
                      'source': f'pair_frame({name_of(source)}, {split!r}, step=-1)'}
         super().__init__(selected=list(selected), beta=beta or state.get('used_beta') or .1, **state)
 
-# %% ../nbs/17_widgets.ipynb #11d7dd2a
+# %% ../nbs/17_widgets.ipynb #62a423d0
 class TrainMonitor(LabWidget):
     "The curves of a run as it trains, and the hands on it."
     _esm = script('train_monitor')
@@ -129,6 +129,7 @@ class TrainMonitor(LabWidget):
                   for p in (getattr(o, 'path', o) for o in overlays)]
         super().__init__(overlays=behind, code=f'TrainMonitor({written(source)})')
         self.look()
+        self.send_state('points')       # what is there already is state, and saved; what comes are messages
         if self.live and start and self.live.state == 'ready': self.live.start()
         self.repeat(self.look)
 

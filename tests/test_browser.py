@@ -96,11 +96,15 @@ def theme(page, dark):
 
 
 def run_all(page):
-    "Run > Run All Cells; Lab may ask for the kernel first."
-    page.evaluate("void window.jupyterapp.commands.execute('notebook:run-all-cells')")
+    "Run > Run All Cells; Lab may ask for the kernel first, and then forgets what it was asked to run."
     ask = page.locator('.jp-Dialog button.jp-mod-accept')
-    until(lambda: ask.count() or page.locator('.dl').count())
-    if ask.count(): ask.click()
+    def begun():
+        if ask.count(): ask.click(); page.wait_for_timeout(3000)
+        if not page.locator('.jp-InputPrompt', has_text='*').count() and not page.locator('.dl').count():
+            page.evaluate("void window.jupyterapp.commands.execute('notebook:run-all-cells')")
+            page.wait_for_timeout(3000)
+        return page.locator('.dl').count()
+    until(begun)
 
 
 def test_a_person_works_with_the_tutorial(page):
