@@ -52,7 +52,7 @@ def save(
     fig.savefig(path, dpi=300, bbox_inches='tight')
     return path
 
-# %% ../nbs/16_plots.ipynb #6b8c554b
+# %% ../nbs/16_plots.ipynb #1312c91a
 def as_runs(
     source: Any, # a run, a folder, several of them, or name -> run
 ) -> dict[str, Run]:
@@ -76,19 +76,19 @@ def plot_runs(
             for ax, metric in zip(axes[0], metrics):
                 if metric in table:
                     ax.plot(table.step, table[metric].ewm(alpha=1 - smoothing).mean(), color=COLORS[i % 10], label=name)
-                if (held := f'test/{metric}') in table: held_out_points(ax, table.dropna(subset=[held]), held, COLORS[i % 10])
+                if f'test/{metric}' in table: held_out_points(ax, table, f'test/{metric}', COLORS[i % 10])
                 ax.set(xlabel='step', title=metric.replace('dpo_', '').replace('_', ' '))
         if len(runs) > 1: axes[0][0].legend()
     return fig
 
 def held_out_points(
     ax: Any,        # of matplotlib
-    table: Any,     # metrics where they were measured
+    table: Any,     # metrics of a run
     name: str,      # of the metric
     color: str,     # of the run
 ):
     "Held-out points with their intervals."
-    bars = None
+    table, bars = table.dropna(subset=[name]), None
     if f'{name}_low' in table: bars = [table[name] - table[f'{name}_low'], table[f'{name}_high'] - table[name]]
     ax.errorbar(table.step, table[name], bars, fmt='o', color=color, markersize=3, linewidth=.8)
 
