@@ -193,7 +193,9 @@ class Plot {
     const color = s => typeof s.color === 'number' ? palette[s.color % palette.length] : s.color;
     this.button.textContent = this.logy ? 'log' : 'lin';
     this.button.setAttribute('aria-label', `${this.title}: vertical axis is ${this.logy ? 'logarithmic' : 'linear'}, switch`);
-    this.keys.replaceChildren(...this.series.filter(s => s.name && !s.quiet).map(s => el('span', {}, el('i', { class: s.points ? 'dot' : '', style: `background:${color(s)}` }), s.name)));
+    const key = (s, name) => el('span', {}, el('i', { class: s.points ? 'dot' : '', style: `background:${color(s)}` }), name);
+    const lines = this.series.filter(s => s.name && !s.quiet && !s.points), held = this.series.find(s => s.points && !s.quiet);
+    this.keys.replaceChildren(...lines.filter(() => lines.length > 1).map(s => key(s, s.name)), ...(held ? [key(held, 'held-out')] : []));
     this.bounds();
     g.scale(r, r); g.clearRect(0, 0, w, h);
     g.font = '10px system-ui,sans-serif'; g.lineWidth = 1; g.textBaseline = 'middle';
