@@ -44,7 +44,7 @@ export default { render({ model, el: host }) {
   const avg = v => v.length ? v.reduce((a, x) => a + x, 0) / v.length : null;
   function pick(name) { model.set('chosen', name); model.save_changes(); later(); }
   function light(names) { lit = names; later(); }
-  function options(select, names, want) { const key = names.join('|'); if (select.dataset.key === key) return; const keep = names.includes(select.value) ? select.value : want; select.dataset.key = key; select.replaceChildren(...names.map(n => el('option', { value: n }, METRICS[n] || n))); select.value = keep; }
+  function options(select, names, want) { const key = names.join('|'); if (select.dataset.key === key) return; const keep = select.dataset.key && names.includes(select.value) ? select.value : want; select.dataset.key = key; select.replaceChildren(...names.map(n => el('option', { value: n }, METRICS[n] || n))); select.value = keep; }
   function draw() {
     const ps = points(), names = settingAxes(), ax = axes(), found = new Set(ps.flatMap(p => p.curve.flatMap(c => Object.keys(c[1]))));
     options(metric, Object.keys(METRICS).filter(m => found.has(m)), 'test/accuracy');
