@@ -1,4 +1,4 @@
-"Draws the widgets that are saved with the chapter `widgets`, without a kernel, into nbs/images/: python .ci/pictures.py"
+"Draws the widgets saved with the chapter `widgets`, without a kernel, into nbs/images/: python .ci/pictures.py"
 import json
 import os
 import shutil
