@@ -106,7 +106,8 @@ def output_html(output, page, links, models):
     data = output.data
     if VIEW in data:
         model = data[VIEW]['model_id']
-        if re.search(r'\d+%\||^Output\(\)$', data.get('text/plain', '')): return ''     # a bar that has come to its end
+        ended = re.search(r'\d+%\||(it/s|s/it)\]|^Output\(\)$', data.get('text/plain', ''))
+        if ended: return ''         # a progress bar that has come to its end
         if model not in models:     # `.ci/widgets.py`, or `Settings > Save Widget State` in JupyterLab, keeps it
             print(f'{page.url}: a widget without saved state, shown as a line of text')
             return '<p class="output"><em>A widget: open this notebook to use it.</em></p>'
