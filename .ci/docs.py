@@ -106,13 +106,12 @@ def output_html(output, page, links, models):
     data = output.data
     if VIEW in data:
         model = data[VIEW]['model_id']
-        if model not in models:     # `Settings > Save Widget State` in JupyterLab keeps it
+        ended = re.search(r'\d+%\||(it/s|s/it)\]|^Output\(\)$', data.get('text/plain', ''))
+        if ended: return ''         # a progress bar that has come to its end
+        if model not in models:     # `.ci/widgets.py`, or `Settings > Save Widget State` in JupyterLab, keeps it
             print(f'{page.url}: a widget without saved state, shown as a line of text')
             return '<p class="output"><em>A widget: open this notebook to use it.</em></p>'
-        shown = state_of(models, [model])
-        kinds = {saved['model_name'] for saved in shown.values()}
-        if 'FloatProgressModel' in kinds and 'AnyModel' not in kinds: return ''     # a bar that has come to its end
-        page.widgets |= shown
+        page.widgets |= state_of(models, [model])
         return f'<div class="widget" data-model="{model}"></div>'
     if 'text/html' in data: return f'<div class="output wide">{data["text/html"]}</div>'
     if 'text/markdown' in data: return f'<div class="output">{prose(data["text/markdown"], page, links)}</div>'

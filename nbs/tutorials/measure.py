@@ -3,7 +3,7 @@
     python measure.py frontier    # data/frontier.csv, for the_frontier
     python measure.py family      # data/family.csv, for the_loss_family
 
-They take about ten and thirty minutes on one core. What is in the file already is not run again, so a stopped
+They take about ten and twenty minutes on one core. What is in the file already is not run again, so a stopped
 measurement goes on where it was, and removing the file measures everything again.
 """
 import copy
@@ -129,7 +129,7 @@ def frontier(lab, have):
 
 def family(lab, have, steps=100):
     "Every loss, at the beta of its paper, on pairs labelled in three ways."
-    for seed, how, (name, loss) in itertools.product(SEEDS, LABELS, LOSSES.items()):
+    for seed, how, (name, loss) in itertools.product(SEEDS[:2], LABELS, LOSSES.items()):
         if (name, str(seed), how) in have: continue
         rows = lab.rows([*with_columns(labelled(lab.pairs, how, seed), loss.needs)])
         *_, (_, policy) = lab.trained(rows, name, loss.beta0, 3e-4, steps, seed)
@@ -140,7 +140,7 @@ def main(what):
     "Append to the file what it does not have yet."
     torch.set_num_threads(1)
     measure, keys, runs = {'frontier': (frontier, ('series', 'seed'), len(SERIES)*len(SEEDS)),
-                           'family': (family, ('series', 'seed', 'labels'), len(LOSSES)*len(LABELS)*len(SEEDS))}[what]
+                           'family': (family, ('series', 'seed', 'labels'), len(LOSSES)*len(LABELS)*2)}[what]
     path = Path(__file__).parent/'data'/f'{what}.csv'
     path.parent.mkdir(exist_ok=True)
     found = [*csv.DictReader(path.open())] if path.exists() else []
