@@ -419,6 +419,7 @@ def generate_ids(
     finally: model.train(training)
     return [answers[i] for i in range(len(heads))]
 
+# %% ../nbs/03_models.ipynb #474e176f
 def generate_texts(
     model: Any,                           # a policy
     tokenizer: Any,                       # its tokenizer

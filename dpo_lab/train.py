@@ -626,6 +626,7 @@ def check_same_start(
         raise ValueError(f"{path}: the {what} is not the one this run began with: its {' and '.join(differ)} "
                          "changed. Give it the model and the data it began with, or start a new run")
 
+# %% ../nbs/09_train.ipynb #0f211e8f
 def continue_run(
     exp: Experiment,    # everything is loaded
     facts: dict,    # what is true now
