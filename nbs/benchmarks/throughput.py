@@ -7,6 +7,7 @@ documentation starts it (live reference, one batch), and tuned: reference precom
 searched on pairs that are not timed, the float32 products and the fused optimiser that dpo_lab uses, and the allocator
 settings of the environment for both.
 """
+import gc
 import json
 import os
 import platform
@@ -189,6 +190,8 @@ def search(c):
             rows = peer.refer(c.others)
             name = f'{attention}, {micro}'
             tried[name] = min(step_seconds(peer, rows) for _ in range(3)) / len(rows)
+            del peer
+            gc.collect()            # a trainer holds itself
             print(f'  TRL with attention and micro-batch {name}: {tried[name]:.3f} s a pair')
     attention, micro = min(tried, key=tried.get).split(', ')
     return dict(attention=attention, micro=int(micro)), tried
