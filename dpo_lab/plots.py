@@ -157,7 +157,7 @@ def plot_counterfactual(
         axes[0][0].legend()
     return fig
 
-# %% ../nbs/16_plots.ipynb #c19088e9
+# %% ../nbs/16_plots.ipynb #f1e2d3c4
 def finished(
     sweep: Sweep,   # with finished points
     metric: str,    # a column of its table, without `test/`
@@ -208,6 +208,7 @@ def plot_slices(
         ax.legend()
     return fig
 
+# %% ../nbs/16_plots.ipynb #c19088e9
 def plot_frontier(
     sweep: Sweep,           # with finished points
     metric: str='accuracy', # held-out: what was gained
