@@ -6,7 +6,6 @@
 from __future__ import annotations
 import ast
 import csv
-import difflib
 import gzip
 import hashlib
 import html
@@ -24,6 +23,8 @@ from pathlib import Path
 from typing import Any, ClassVar
 import numpy as np
 
+from .renderers import nearest
+
 # %% auto #0
 __all__ = ['Message', 'PARTS', 'TURN', 'ROLES', 'SPEAKERS', 'READS', 'TEST_ROWS', 'FORMS', 'HOW_TO_MAP', 'DATASETS',
            'PreferencePair', 'Drop', 'why_unusable', 'parse_transcript', 'transcript_pair', 'text_of', 'message',
@@ -31,8 +32,8 @@ __all__ = ['Message', 'PARTS', 'TURN', 'ROLES', 'SPEAKERS', 'READS', 'TEST_ROWS'
            'DPODatasetBuilder', 'open_source', 'checked', 'convert', 'prompt_key', 'take_test', 'Pairs', 'kept',
            'build_pairs', 'spread', 'split_audit', 'data_fingerprint', 'overlap', 'Audit', 'audit_lines', 'audit_table',
            'histogram_svg', 'audit_html', 'ends_of', 'stop_ids', 'token_audit', 'token_lines', 'HHH', 'HelpSteer3',
-           'rating', 'UltraFeedback', 'Tulu3', 'Arena', 'HelpSteer2', 'Toy', 'find_columns', 'Columns', 'nearest',
-           'builder_named', 'is_path', 'parse_spec', 'find_builder', 'load_pairs']
+           'rating', 'UltraFeedback', 'Tulu3', 'Arena', 'HelpSteer2', 'Toy', 'find_columns', 'Columns', 'builder_named',
+           'is_path', 'parse_spec', 'find_builder', 'load_pairs']
 
 # %% ../nbs/02_data.ipynb #d87992f1
 Message = dict[str, str]
@@ -780,14 +781,6 @@ DATASETS: dict[str, type[DPODatasetBuilder]] = dict(
     toy=Toy, hhh=HHH, helpsteer3=HelpSteer3, ultrafeedback=UltraFeedback, tulu3=Tulu3, arena=Arena,
     helpsteer2=HelpSteer2)
 
-def nearest(
-    name: str,                  # what was asked for
-    known: Iterable[str],       # what there is
-) -> str:                       # ": did you mean ...?", or a full stop
-    "The nearest name, for an error."
-    close = difflib.get_close_matches(name, list(known), 1, .5)
-    return f": did you mean {close[0]!r}?" if close else '.'
-
 def builder_named(
     spec: str,  # `module:Builder`
 ) -> type[DPODatasetBuilder]:   # the class
@@ -796,7 +789,7 @@ def builder_named(
     if '' not in sys.path and (here := str(Path.cwd())) not in sys.path: sys.path.append(here)
     try: found = vars(imported := importlib.import_module(module)).get(name)
     except ImportError as e: raise ValueError(f"dataset {spec!r}: cannot import {module!r}: {e}") from e
-    if found is None: raise ValueError(f"dataset {spec!r}: {module} has no {name}{nearest(name, vars(imported))}")
+    if found is None: raise ValueError(f"dataset {spec!r}: {module} has no {name}.{nearest(name, vars(imported))}")
     if isinstance(found, type) and issubclass(found, DPODatasetBuilder): return found
     raise ValueError(f"dataset {spec!r}: {name} is no subclass of DPODatasetBuilder")
 
@@ -834,14 +827,14 @@ def find_builder(
     elif kind is None and re.fullmatch(r'[\w.-]+/[\w.-]+', dataset): kind, where = Columns, dict(hub=dataset)
     if kind is None:
         hint = nearest(dataset, DATASETS)
-        raise ValueError(f"unknown dataset {dataset!r}{hint} Choose one of {', '.join(DATASETS)}, "
+        raise ValueError(f"unknown dataset {dataset!r}.{hint} Choose one of {', '.join(DATASETS)}, "
                          "or give a path, a hub id (owner/name), or module:Builder")
     if where and 'dataset_path' in given:
         raise ValueError(f"dataset={dataset!r} already says where the rows are: leave dataset_path= out")
     known = [f.name for f in fields(kind)]
     for name in given:
         if name not in known:
-            raise ValueError(f"{dataset} has no field {name!r}{nearest(name, known)} It has {', '.join(known)}")
+            raise ValueError(f"{dataset} has no field {name!r}.{nearest(name, known)} It has {', '.join(known)}")
     return kind(**where, **given)
 
 # %% ../nbs/02_data.ipynb #81e20d0d

@@ -6,17 +6,17 @@
 __all__ = ['MARK', 'Part', 'Turn', 'CONTROL', 'FORMATS', 'DATE', 'Message', 'ROLES', 'TRAIN_ON', 'RENDERERS', 'KINDS',
            'control_tokens', 'secret', 'secret_copy', 'renamed', 'unpadded', 'Codec', 'trusted_parts', 'TokenView',
            'html_tokens', 'ansi_tokens', 'Format', 'add_formats', 'turns', 'Piece', 'lay_out', 'check_messages',
-           'turn_line', 'quote', 'unquote', 'reader', 'readers', 'prompt_end', 'nearest', 'scored_messages', 'Renderer',
-           'show_tokens', 'read_answer', 'require', 'require_text', 'FormatRenderer', 'piece_parts', 'first_space',
-           'fixed_date', 'common_prefix', 'TemplateRenderer', 'answer_span', 'measure', 'supervised_pair',
-           'get_renderer', 'writes_like', 'recommended_renderer']
+           'turn_line', 'quote', 'unquote', 'reader', 'readers', 'prompt_end', 'nearest', 'known', 'scored_messages',
+           'Renderer', 'show_tokens', 'read_answer', 'require', 'require_text', 'FormatRenderer', 'piece_parts',
+           'first_space', 'fixed_date', 'common_prefix', 'TemplateRenderer', 'answer_span', 'measure',
+           'supervised_pair', 'get_renderer', 'writes_like', 'recommended_renderer']
 
 # %% ../nbs/01_renderers.ipynb #6a2bd159
 import difflib
 import html
 import json
 import re
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from datetime import date as Date
 from functools import partial
@@ -426,12 +426,18 @@ def prompt_end(messages: list[Message]) -> int:
     "How many messages there are up to the last user message."
     return max((i+1 for i, m in enumerate(messages) if m.get('role') == 'user'), default=0)
 
-def nearest(name: str, names: Sequence[str], what: str) -> str:
+def nearest(
+    name: str,              # what was written
+    known: Iterable[str],   # what exists
+) -> str:                   # " Did you mean ...?", or nothing
+    "A hint at the nearest known name, for an error."
+    close = difflib.get_close_matches(str(name), list(known), 1, .5)
+    return f" Did you mean {close[0]!r}?" if close else ''
+
+def known(name: str, names: Sequence[str], what: str) -> str:
     "The name if it is known; an error that points to the nearest one if not."
     if name in names: return name
-    close = difflib.get_close_matches(str(name), names, 1)
-    hint = f"did you mean {close[0]!r}? " if close else ''
-    raise ValueError(f"unknown {what} {name!r}: {hint}choose one of {', '.join(names)}")
+    raise ValueError(f"unknown {what} {name!r}: choose one of {', '.join(names)}.{nearest(name, names)}")
 
 # %% ../nbs/01_renderers.ipynb #59b4aa1e
 TRAIN_ON = ('last_assistant_turn', 'last_assistant_message', 'all_assistant_messages')
@@ -442,7 +448,7 @@ def scored_messages(
     num_prompt: int | None = None,  # messages of the prompt; None: up to the last user message
 ) -> tuple[int, list[int]]:    # where produced messages begin, and which are scored
     "Which messages the loss sees."
-    nearest(train_on_what, TRAIN_ON, 'train_on_what')
+    known(train_on_what, TRAIN_ON, 'train_on_what')
     if train_on_what == 'all_assistant_messages': start = 0
     else: start = prompt_end(messages) if num_prompt is None else num_prompt
     written = [i for i, m in enumerate(messages) if i >= start and m.get('role') == 'assistant']
@@ -738,7 +744,7 @@ def get_renderer(
 ) -> Renderer:                # `.build_generation_prompt`, `.build_supervised_example`, `.parse_response`, `.stop`
     "The renderer of that name for this tokenizer."
     if isinstance(name, Format): return FormatRenderer(name, tokenizer, date)
-    return RENDERERS[nearest(name, list(RENDERERS), 'renderer')](tokenizer, date=date)
+    return RENDERERS[known(name, list(RENDERERS), 'renderer')](tokenizer, date=date)
 
 # %% ../nbs/01_renderers.ipynb #24087bbc
 KINDS = {'gpt_oss': 'gpt_oss_medium_reasoning', 'kimi_k2': 'kimi_k2'}  # `model_type` in a config

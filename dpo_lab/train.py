@@ -4,14 +4,14 @@
 
 # %% auto #0
 __all__ = ['RULES', 'CHOICES', 'DEFAULTS', 'TINY_DEFAULTS', 'CANNOT_CHANGE', 'OF_THIS_CALL', 'AUDITED', 'STEERABLE', 'field',
-           'Config', 'nearest', 'check_ranges', 'config_table', 'resolve', 'settle_folder', 'resume_config',
-           'build_loss', 'check_disk', 'as_reference', 'progress', 'find_renderer', 'row_limit', 'check_rows',
-           'load_rows', 'join_reference', 'model_line', 'sample_answers', 'toy_metrics', 'check_tracker',
-           'make_tracker', 'interrupt_later', 'Experiment', 'DPORun', 'course', 'course_at', 'take_course',
-           'load_model', 'load_optimizer', 'load_everything', 'live_reference', 'saved_config', 'check_same_start',
-           'continue_run', 'move_reference', 'record_start', 'save_checkpoint', 'evaluate', 'held_out_prompts',
-           'sample', 'due', 'write_step', 'run_steps', 'finish', 'save_final', 'run_dpo', 'metrics_table', 'follow',
-           'summary', 'next_steps', 'parse', 'ask_person', 'run_command', 'main', 'quiet_libraries', 'open_lab', 'cli']
+           'Config', 'check_ranges', 'config_table', 'resolve', 'settle_folder', 'resume_config', 'build_loss',
+           'check_disk', 'as_reference', 'progress', 'find_renderer', 'row_limit', 'check_rows', 'load_rows',
+           'join_reference', 'model_line', 'sample_answers', 'toy_metrics', 'check_tracker', 'make_tracker',
+           'interrupt_later', 'Experiment', 'DPORun', 'course', 'course_at', 'take_course', 'load_model',
+           'load_optimizer', 'load_everything', 'live_reference', 'saved_config', 'check_same_start', 'continue_run',
+           'move_reference', 'record_start', 'save_checkpoint', 'evaluate', 'held_out_prompts', 'sample', 'due',
+           'write_step', 'run_steps', 'finish', 'save_final', 'run_dpo', 'metrics_table', 'follow', 'summary',
+           'next_steps', 'parse', 'ask_person', 'run_command', 'main', 'quiet_libraries', 'open_lab', 'cli']
 
 # %% ../nbs/09_train.ipynb #2fe88477
 import json
@@ -30,6 +30,7 @@ from typing import Any
 
 import chz
 
+from .renderers import nearest
 from .runs import BEHAVIORS, Run, RunWriter, environment, new_run_path, read_jsonl, settle_existing, write_json
 
 # %% ../nbs/09_train.ipynb #3fa0e3fa
@@ -121,15 +122,6 @@ CHOICES = {
 }
 
 # %% ../nbs/09_train.ipynb #ae5369ce
-def nearest(
-    name: str,  # what was written
-    known,      # what exists
-) -> str: # ' Did you mean ...?' or nothing
-    "A hint at the nearest known name."
-    from difflib import get_close_matches
-    close = get_close_matches(name, list(known), 1)
-    return f" Did you mean {close[0]!r}?" if close else ''
-
 def check_ranges(
     config, # what is asked
 ):

@@ -284,7 +284,7 @@ def rows_of(*rows): return lambda t: write(t/'r.jsonl', rows)
 def text_of(name, content): return lambda t: str((t/name).write_text(content) and t/name)
 TOY = rows_of(dict(prompt=PAIR.prompt, chosen=PAIR.chosen, rejected=PAIR.rejected, reward_chosen=0, reward_rejected=1))
 MISTAKES = [    # what is asked, where a {} stands for a file that holds ..., and what comes back
-    ('ultrafedback', None, r"unknown dataset 'ultrafedback': did you mean 'ultrafeedback'\? Choose one of toy, hhh"),
+    ('ultrafedback', None, r"unknown dataset 'ultrafedback'. Did you mean 'ultrafeedback'\? Choose one of toy, hhh"),
     ('missing.jsonl', None, "no file or folder 'missing.jsonl'"),
     ('{}', rows_of(), r'no pair is left of 0 rows of .*r\.jsonl: there are no rows'),
     ('{}', rows_of(*[dict(prompt='a', chosen='b', rejected='b')]*3), r'no pair is left of .* rows of .*: \d identical'),
@@ -296,11 +296,11 @@ MISTAKES = [    # what is asked, where a {} stands for a file that holds ..., an
     ('{}', text_of('r.csv', 'prompt,chosen,rejected\na,b,c,d\n'), 'line 2: more cells than columns'),
     ('{}', text_of('r.txt', 'a'), r"cannot read rows from 'r.txt': its name must end in one of \.jsonl"),
     ('nowhere.at.all:Builder', None, "dataset 'nowhere.at.all:Builder': cannot import"),
-    ('dpo_lab.data:DPODatasetBuildr', None, "did you mean 'DPODatasetBuilder'"),
+    ('dpo_lab.data:DPODatasetBuildr', None, "Did you mean 'DPODatasetBuilder'"),
     ('dpo_lab.data:load_pairs', None, 'no subclass of DPODatasetBuilder'),
     ('dpo_lab.data:DPODatasetBuilder', None, 'has no data set on the hub: give dataset_path='),
     ('toy(strength_as=weight,dataset_path={})', TOY, 'row 0: Toy.row_to_pair fails with ValueError: weight is -1'),
-    ('hhh(tie=keep)', None, "hhh has no field 'tie': did you mean 'ties'"),
+    ('hhh(tie=keep)', None, "hhh has no field 'tie'. Did you mean 'ties'"),
     ('hhh(ties)', None, 'write fields as name=value'),
     ('hhh(ties=win)', None, "ties is 'win': choose one of skip, keep"),
     ('hhh(test_fraction=1)', None, r'test_fraction is 1: give a share in \[0, 1\)'),

@@ -392,8 +392,8 @@ def test_templates_that_cannot_be_used_are_refused_with_a_sentence():
 # ---- names, errors, the view ----
 
 def test_unknown_names_point_to_the_nearest():
-    with pytest.raises(ValueError, match="did you mean 'llama3'"): get_renderer('llama-3', byte_level([]))
-    with pytest.raises(ValueError, match="did you mean 'last_assistant_turn'"):
+    with pytest.raises(ValueError, match="Did you mean 'llama3'"): get_renderer('llama-3', byte_level([]))
+    with pytest.raises(ValueError, match="Did you mean 'last_assistant_turn'"):
         renderer('chatml').build_supervised_example(TALK, 'last_assistent_turn')
 
 def test_missing_control_tokens_are_named():

@@ -219,7 +219,7 @@ MISTAKES = {
     'dpo_beta=0': 'dpo_beta=0.0: must be above 0',
     'loss=sigmoyd': "did you mean 'sigmoid'",
     'loss=hinge label_smoothing=0.1': 'label_smoothing',
-    'dataset=hhhh': "did you mean 'hhh'",
+    'dataset=hhhh': "Did you mean 'hhh'",
     'renderer_name=role_colom': 'role_colon',
     'lr_schedule=cosin': "Did you mean 'cosine'",
     'batch_size=100000': '800 training pairs are fewer than one batch of 100000',
