@@ -2,7 +2,7 @@
 # make test   sets up and passes the tests
 # make lab    opens JupyterLab on the notebooks
 # make docs   renders the notebooks into _docs/
-# make bench  times training on this machine
+# make bench  times training beside TRL on this machine
 # make check  drift, lint, types
 PYTHON ?= python3
 VENV   := .venv
@@ -25,8 +25,8 @@ lab: $(VENV)/dev
 docs: $(VENV)/dev
 	@$(BIN)/python .ci/docs.py
 
-bench: $(VENV)/core
-	@$(BIN)/python .ci/bench.py $(ARGS)
+bench: $(VENV)/dev
+	@$(BIN)/python nbs/benchmarks/throughput.py $(ARGS)
 
 # what a change has to pass besides the tests: nothing drifts, nothing lints, types agree
 check: $(VENV)/dev

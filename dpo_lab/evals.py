@@ -59,7 +59,8 @@ def held_out(
     "The pairs to evaluate on."
     if not isinstance(dataset, str): return dataset
     pairs = load_pairs(dataset)
-    return pairs.test or pairs.train
+    if pairs.test: return pairs.test
+    raise ValueError(f"dataset {dataset!r} has no held-out pairs: name them, or pass a list of pairs")
 
 def rows_of(
     subject: Subject,               # writes them
