@@ -771,6 +771,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                'dpo_lab.train.Experiment.after_step': ('train.html#experiment.after_step', 'dpo_lab/train.py'),
                                'dpo_lab.train.Experiment.before_step': ('train.html#experiment.before_step', 'dpo_lab/train.py'),
                                'dpo_lab.train.Experiment.evaluate': ('train.html#experiment.evaluate', 'dpo_lab/train.py'),
+                               'dpo_lab.train.Experiment.leave': ('train.html#experiment.leave', 'dpo_lab/train.py'),
                                'dpo_lab.train.Experiment.load': ('train.html#experiment.load', 'dpo_lab/train.py'),
                                'dpo_lab.train.Experiment.run': ('train.html#experiment.run', 'dpo_lab/train.py'),
                                'dpo_lab.train.as_reference': ('train.html#as_reference', 'dpo_lab/train.py'),

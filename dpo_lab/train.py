@@ -453,8 +453,12 @@ class Experiment:
     def __next__(self):
         if self.held: held, self.held = self.held, None; return held
         with interrupt_later(self.say) as heard: metrics = next(self.steps)
-        if not heard: return metrics
-        self.held = metrics             # the next loop over this run begins with it
+        if heard: self.leave(metrics)
+        return metrics
+
+    def leave(self, metrics):
+        "Save the step in hand and interrupt; the next loop over this run begins with it."
+        self.held = metrics
         save_checkpoint(self, metrics.step)
         self.writer.event(metrics.step, 'interrupted')
         raise KeyboardInterrupt
@@ -805,7 +809,8 @@ def follow(
     bar = Progress('training', BarColumn(), MofNCompleteColumn(), 'time left', TimeRemainingColumn(), console=console)
     task, shown = bar.add_task('training', total=experiment.total, completed=experiment.start), -math.inf
     seen: dict[str, float] = {}         # the newest held-out metrics stay on the screen
-    with Live(bar, console=console, refresh_per_second=4, transient=True) as live:
+    with Live(bar, console=console, refresh_per_second=4, transient=True) as live, interrupt_later(
+            experiment.say) as heard:       # while we draw; a step holds it back by itself
         for metrics in experiment:
             bar.update(task, completed=metrics.step)
             seen |= {k: v for k, v in metrics.items() if k.startswith('test/')}
@@ -814,6 +819,7 @@ def follow(
             elif time.monotonic() - shown > every or metrics.step == experiment.total:
                 console.print(table)
                 shown = time.monotonic()
+            if heard and metrics.step < experiment.total: experiment.leave(metrics)
     if console.is_terminal: console.print(table)
 
 # %% ../nbs/09_train.ipynb #abafda9b

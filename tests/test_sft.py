@@ -32,7 +32,7 @@ from dpo_lab.train import Config, run_dpo
 from dpo_lab.training import evaluate_pairs
 
 ROOT = Path(__file__).parent.parent
-DATA = Path(__file__).parent/'data'
+DATA = ROOT/'dpo_lab/assets/examples'
 
 
 def quiet(line): pass
