@@ -209,6 +209,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                                                                  'dpo_lab/inspect_provider.py'),
                                           'dpo_lab.inspect_provider.output': ( 'inspect_provider.html#output',
                                                                                'dpo_lab/inspect_provider.py'),
+                                          'dpo_lab.inspect_provider.run_eval': ( 'inspect_provider.html#run_eval',
+                                                                                 'dpo_lab/inspect_provider.py'),
                                           'dpo_lab.inspect_provider.serve': ('inspect_provider.html#serve', 'dpo_lab/inspect_provider.py'),
                                           'dpo_lab.inspect_provider.toy': ('inspect_provider.html#toy', 'dpo_lab/inspect_provider.py'),
                                           'dpo_lab.inspect_provider.true_reward': ( 'inspect_provider.html#true_reward',

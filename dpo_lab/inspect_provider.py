@@ -4,14 +4,17 @@
 
 # %% auto #0
 __all__ = ['UNKNOWN_SETTINGS', 'TOPICS', 'INSTRUCTIONS', 'TASKS', 'as_messages', 'check_settings', 'Request', 'as_request',
-           'serve', 'LocalModel', 'output', 'keeps', 'checked', 'instructions', 'true_reward', 'on_topic', 'toy']
+           'serve', 'LocalModel', 'output', 'keeps', 'checked', 'instructions', 'true_reward', 'on_topic', 'toy',
+           'run_eval']
 
 # %% ../nbs/12b_inspect_provider.ipynb #c527e863
+import asyncio
 import hashlib
 import json
 import re
 from collections import Counter
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any
 
@@ -255,3 +258,11 @@ def toy(repeats: int=8) -> Task:
     return Task(dataset=samples, solver=generate(), scorer=[true_reward(), on_topic()])
 
 TASKS = {'dpo_lab/instructions': instructions, 'dpo_lab/toy': toy}
+
+# %% ../nbs/12b_inspect_provider.ipynb #run1eval
+def run_eval(*args, **settings) -> list[Any]: # logs of inspect, one a task
+    "`inspect_ai.eval`, in a thread of its own where an event loop runs already, as in a notebook."
+    from inspect_ai import eval as inspect_eval
+    try: asyncio.get_running_loop()
+    except RuntimeError: return inspect_eval(*args, **settings)
+    with ThreadPoolExecutor(1) as pool: return pool.submit(inspect_eval, *args, **settings).result()

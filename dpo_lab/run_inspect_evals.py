@@ -58,16 +58,15 @@ def evaluate_model(
     model_path: str|None,       # of the model; None: the base
 ) -> list[Any]:                 # logs of inspect, one a task
     "Run the tasks on one model."
-    from inspect_ai import eval as inspect_eval
     from inspect_ai.model import get_model
-    from dpo_lab.inspect_provider import TASKS
+    from dpo_lab.inspect_provider import TASKS, run_eval
     c = config
     args: dict[str, Any] = dict(renderer_name=c.renderer_name, dtype=c.dtype, device=c.device, batch_size=c.batch_size)
     if model_path: args['base'] = c.model_name
     model = get_model(f'dpo_lab/{model_path or c.model_name}', memoize=False, **args)
     model.api.load()    # type: ignore[attr-defined]  # what is wrong with it is said before any task begins
     asked: list[Any] = [TASKS[name]() if name in TASKS else name for name in map(str.strip, c.tasks.split(','))]
-    try: logs = inspect_eval(
+    try: logs = run_eval(
         asked, model=model, log_dir=c.log_dir, limit=c.limit, epochs=c.epochs, fail_on_error=False,
         temperature=c.temperature, max_tokens=c.max_tokens, top_p=c.top_p, top_k=c.top_k or None, seed=c.seed,
         max_connections=c.batch_size, display=None if sys.stderr.isatty() else 'none', metadata=chz.asdict(c))
