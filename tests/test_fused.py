@@ -1,0 +1,106 @@
+"Fused layers against the model's own, across architectures, dtypes and adapters."
+import pytest
+import torch
+from conftest import random_model, random_rows
+from torch.nn import functional as F
+
+from dpo_lab.batches import collate
+from dpo_lab.fused import fused_layers, fusible
+from dpo_lab.logprobs import TOKEN_LOGPS, find_layout, scored_head, target_logps
+from dpo_lab.models import add_lora
+
+NORM_AND_MLP = ['llama', 'qwen2', 'qwen3', 'mistral', 'olmo2', 'smollm3']
+OWN_WAY = ['gemma2', 'gemma3', 'phi', 'gpt2', 'gpt_neox']       # other norms, activations, biases
+
+
+def kinds(model): return {type(module).__name__.removeprefix(type(model).__name__.split('For')[0])
+                          for module, _ in fusible(model)}
+
+def gradients(model, batch, layout):
+    find_layout(model)
+    model.zero_grad()
+    tokens = TOKEN_LOGPS[layout](model, batch)
+    (tokens * torch.linspace(-1, 1, len(tokens), dtype=tokens.dtype)).sum().backward()
+    return tokens.detach(), torch.cat([p.grad.flatten() for p in model.parameters() if p.grad is not None])
+
+
+@pytest.mark.parametrize('name', NORM_AND_MLP + OWN_WAY)
+@pytest.mark.parametrize('dtype, tolerance', [(torch.float32, 1e-5), (torch.float64, 1e-12)])
+def test_fused_equals_plain_layers(name, dtype, tolerance):
+    if (name, dtype) == ('gemma2', torch.float64): tolerance = 1e-6     # its own attention is float32 there
+    model, batch = random_model(name, dtype), collate(random_rows(8))
+    (plain, plain_grad), (fused, fused_grad) = (gradients(model, batch, way) for way in ('packed', 'packed_fused'))
+    assert (fused - plain).abs().max() < 10*tolerance
+    assert (fused_grad - plain_grad).norm() < tolerance * plain_grad.norm()
+    if dtype == torch.float32:      # in float64 Llama norms in float32, and ours does not
+        assert kinds(model) == ({'RMSNorm', 'MLP'} if name in NORM_AND_MLP else set())
+
+
+def test_fused_equals_plain_layers_with_adapters():
+    model, batch = add_lora(random_model('llama'), 4), collate(random_rows(8))
+    for name, p in model.named_parameters():
+        if 'lora_B' in name: torch.nn.init.normal_(p, std=.1)
+    (plain, plain_grad), (fused, fused_grad) = (gradients(model, batch, way) for way in ('packed', 'packed_fused'))
+    assert (fused - plain).abs().max() < 1e-4 and (fused_grad - plain_grad).norm() < 1e-5 * plain_grad.norm()
+    assert all(p.grad is None for name, p in model.named_parameters() if 'lora_' not in name)
+
+
+def test_fused_layers_in_bfloat16_are_as_near_to_float32_as_plain_ones():
+    exact, batch = random_model('llama'), collate(random_rows(8))
+    _, want = gradients(exact, batch, 'packed')
+    model = random_model('llama').bfloat16()
+    off = [(gradients(model, batch, way)[1].float() - want).norm() for way in ('packed', 'packed_fused')]
+    assert off[1] < 1.2 * off[0] and off[1] < .1 * want.norm()
+
+
+def test_a_bias_that_is_zero_now_is_not_lost():
+    from transformers import LlamaConfig, LlamaForCausalLM
+    config = LlamaConfig(vocab_size=60, hidden_size=16, intermediate_size=24, num_hidden_layers=1,
+                         num_attention_heads=2, mlp_bias=True)
+    model = LlamaForCausalLM(config)
+    assert not model.model.layers[0].mlp.up_proj.bias.any() and kinds(model) == {'RMSNorm'}
+
+
+def test_nothing_is_left_on_the_model_also_after_an_error():
+    model = random_model('llama')
+    before = torch.get_rng_state()
+    assert len(fusible(model)) and torch.equal(torch.get_rng_state(), before)
+    with pytest.raises(ZeroDivisionError), fused_layers(model):
+        assert 'forward' in vars(model.model.norm)
+        raise ZeroDivisionError
+    assert not any('forward' in vars(module) for module in model.modules())
+
+
+def test_a_layer_that_somebody_changed_stays_as_it_is():
+    model = random_model('llama')
+    mine = model.model.norm.forward = lambda x: 2*x
+    assert model.model.norm not in [module for module, _ in fusible(model)]
+    with fused_layers(model): pass
+    assert model.model.norm.forward is mine
+
+
+def test_checkpointed_layers_are_not_fused():
+    model, batch = random_model('llama'), collate(random_rows(6))
+    _, plain = gradients(model, batch, 'packed_fused')
+    model.gradient_checkpointing_enable(); model.train()
+    _, again = gradients(model, batch, 'packed_fused')
+    assert torch.allclose(again, plain, atol=1e-5)
+
+
+@pytest.mark.parametrize('keep_bytes', [0, 10**9])
+@pytest.mark.parametrize('dtype, tolerance', [(torch.float32, 1e-6), (torch.bfloat16, 1e-2)])
+def test_the_gradient_of_the_scored_head(dtype, tolerance, keep_bytes):
+    g = torch.Generator().manual_seed(0)
+    h, W, b = (torch.randn(*shape, generator=g).to(dtype).requires_grad_() for shape in ((50, 16), (300, 16), (300,)))
+    targets, weights = torch.randint(300, (50,), generator=g), torch.randn(50, generator=g)
+    sure = h.detach()[:10] @ W.detach().T                     # tokens the model is sure of: 1 - p must not cancel
+    targets[:10] = sure.argmax(-1)
+    exact = [x.detach().double().requires_grad_() for x in (h, W, b)]
+    want = target_logps(F.linear(*exact), targets)
+    found = scored_head(h, W, targets, b, chunk=7, keep_bytes=keep_bytes)
+    assert (found - want).abs().max() < 1e-4
+    want_grads = torch.autograd.grad((want * weights).sum(), exact)
+    loss = (found * weights).sum()
+    for _ in range(2):                                        # a graph may be walked twice
+        for got, expected in zip(torch.autograd.grad(loss, [h, W, b], retain_graph=True), want_grads):
+            assert (got.double() - expected).norm() < tolerance * expected.norm()
