@@ -7,7 +7,7 @@ __all__ = ['UNKNOWN_SETTINGS', 'TOPICS', 'INSTRUCTIONS', 'TASKS', 'as_messages',
            'serve', 'LocalModel', 'output', 'keeps', 'checked', 'instructions', 'true_reward', 'on_topic', 'toy',
            'run_eval']
 
-# %% ../nbs/12b_inspect_provider.ipynb #c527e863
+# %% ../nbs/12b_inspect_provider.ipynb #31a40307
 import asyncio
 import hashlib
 import json
@@ -233,8 +233,8 @@ def instructions() -> Task:
                for i, topic in enumerate(TOPICS) for kind, (text, _) in INSTRUCTIONS.items()]  # `limit` meets each kind
     return Task(dataset=samples, solver=generate(), scorer=checked())
 
-# %% ../nbs/12b_inspect_provider.ipynb #a28d8d75
-@scorer(metrics=[mean(), stderr()])
+# %% ../nbs/12b_inspect_provider.ipynb #71f6d9cc
+@scorer(metrics=[mean(), stderr(cluster='prompt')])
 def true_reward():
     "The true reward of a review."
     async def score(state, target):
@@ -242,7 +242,7 @@ def true_reward():
         return Score(value=toy_reward(state.output.completion), answer=state.output.completion)
     return score
 
-@scorer(metrics=[accuracy(), stderr()])
+@scorer(metrics=[accuracy(), stderr(cluster='prompt')])
 def on_topic():
     "Whether the answer is a well-formed review of what was asked about."
     async def score(state, target):
@@ -254,15 +254,17 @@ def on_topic():
 def toy(repeats: int=8) -> Task:
     "Reviews of the toy world."
     from dpo_lab.toy import prompts
-    samples = [Sample(input=text, id=f'{i}-{j}') for i, text in enumerate(prompts('test')) for j in range(repeats)]
+    samples = [Sample(input=text, id=f'{i}-{j}', metadata=dict(prompt=i))   # `limit` meets each prompt first
+               for j in range(repeats) for i, text in enumerate(prompts('test'))]
     return Task(dataset=samples, solver=generate(), scorer=[true_reward(), on_topic()])
 
 TASKS = {'dpo_lab/instructions': instructions, 'dpo_lab/toy': toy}
 
-# %% ../nbs/12b_inspect_provider.ipynb #run1eval
+# %% ../nbs/12b_inspect_provider.ipynb #caceddf1
 def run_eval(*args, **settings) -> list[Any]: # logs of inspect, one a task
     "`inspect_ai.eval`, in a thread of its own where an event loop runs already, as in a notebook."
     from inspect_ai import eval as inspect_eval
-    try: asyncio.get_running_loop()
-    except RuntimeError: return inspect_eval(*args, **settings)
+    try: running = asyncio.get_running_loop()
+    except RuntimeError: running = None     # and out of the handler: an error in a task is no consequence of it
+    if running is None: return inspect_eval(*args, **settings)
     with ThreadPoolExecutor(1) as pool: return pool.submit(inspect_eval, *args, **settings).result()

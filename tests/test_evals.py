@@ -5,12 +5,15 @@ import numpy as np
 import pytest
 import torch
 
+from dpo_lab import evals
 from dpo_lab.data import load_pairs
 from dpo_lab.evals import (
     Subject,
     as_subject,
     compare,
     evaluate,
+    grouped_interval,
+    independent,
     length_controlled,
     paired,
     sampled_kl,
@@ -18,10 +21,11 @@ from dpo_lab.evals import (
     wins,
 )
 from dpo_lab.models import tiny_model
-from dpo_lab.onpolicy import find_judge
+from dpo_lab.onpolicy import Compares, find_judge
 from dpo_lab.renderers import get_renderer
 from dpo_lab.toy import policy_kl, prompts, space_logps
 from dpo_lab.train import Config, run_dpo
+from dpo_lab.training import wilson
 
 PAIRS = load_pairs('toy').test[:40]
 ASKED = [[dict(role='user', content=text)] for text in prompts('test')]
@@ -109,6 +113,51 @@ def test_a_judge_of_positions_decides_nothing():
         def report(self): return {}
     assert wins(First(), ASKED[:3], ['a', 'b', 'c'], ['x', 'y', 'z']) == [.5, .5, .5]
     assert wins(find_judge('longest'), ASKED[:3], ['aa', 'b', 'c'], ['x', 'yy', 'z']) == [1., 0., .5]
+
+
+def test_a_judge_that_is_free_of_order_is_asked_once():
+    class Counts:
+        name, workers, asked = 'counts', 1, 0
+        def __call__(self, prompt, answers): self.asked += 1; return [len(a) for a in answers]
+        def report(self): return {}
+    twice, once = Counts(), Counts()
+    once.order_free = True
+    for judge, n in ((twice, 6), (once, 3)):
+        assert wins(judge, ASKED[:3], ['aa', 'b', 'c'], ['x', 'yy', 'z']) == [1., 0., .5] and judge.asked == n
+    letters = Compares('letters', lambda asked: [.9]*len(asked))        # asks in both orders by itself
+    assert wins(letters, ASKED[:3], ['a', 'b', 'c'], ['x', 'y', 'z']) == [.5]*3 and len(letters.seen) == 3
+
+
+def test_an_interval_over_prompts_covers_the_truth_where_answers_share_them():
+    rng, groups, hits = np.random.default_rng(0), np.repeat(range(25), 8).tolist(), np.zeros(3)
+    for _ in range(300):
+        skill = rng.beta(1.5, 1.5, 25)      # of each prompt
+        won = (rng.random((25, 8)) < skill[:, None]).astype(float).ravel()
+        gaps = rng.normal(0, 1, 200)
+        mean, low, high = grouped_interval(won, groups)
+        assert mean == pytest.approx(won.mean())
+        lc, alone = length_controlled(won, gaps, groups), wilson(mean, 200)
+        hits += [low < .5 < high, lc[1] < .5 < lc[2], alone[0] < .5 < alone[1]]
+    assert .9 < hits[0]/300 < .98 and .9 < hits[1]/300 < .985 and hits[2]/300 < .85
+
+
+def test_copies_of_an_answer_add_no_evidence(base, tuned, monkeypatch):
+    once = win_rate(tuned, base, judge='toy', max_new_tokens=32)
+    kl = sampled_kl(tuned, base, ASKED, max_new_tokens=32)
+    draw, ids = evals.sample_answers, evals.generate_ids
+    monkeypatch.setattr(evals, 'sample_answers', lambda m, t, r, asked, k, **more:
+                        [several*k for several in draw(m, t, r, asked, 1, **more)])
+    monkeypatch.setattr(evals, 'generate_ids', lambda m, t, r, heads, *more, **named:
+                        [said for said in ids(m, t, r, heads[::6], *more, **named) for _ in range(6)])
+    copied = win_rate(tuned, base, judge='toy', k=6, max_new_tokens=32)
+    assert copied['num_answers'] == 6*once['num_answers']
+    assert sampled_kl(tuned, base, ASKED, 6, max_new_tokens=32) == pytest.approx(kl, rel=1e-4)
+    for end in ('', '_low', '_high'): assert copied[f'win_rate{end}'] == pytest.approx(once[f'win_rate{end}'])
+
+
+@pytest.mark.parametrize('won, groups, n', [([1.]*8, [0, 1]*4, 2), ([1., 0.]*4, range(8), 8), ([.5], [0], 1),
+                                            ([1., 0.]*4, [0]*8, 1)])
+def test_samples_are_worth_at_least_their_groups(won, groups, n): assert independent(won, list(groups)) == n
 
 
 def test_length_control_takes_away_what_length_won():

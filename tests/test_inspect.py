@@ -4,6 +4,7 @@ import os
 import subprocess
 import sys
 from importlib.metadata import entry_points
+from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
@@ -97,6 +98,16 @@ def test_a_prompt_that_is_asked_twice_is_answered_twice(tmp_path):
     assert {s.output.completion for s in log.samples} == {s.output.completion for s in again.samples}
 
 
+def test_answers_to_one_prompt_count_as_one_prompt(model, tmp_path):
+    once, often = (log_facts(run(toy(n), model, tmp_path, temperature=0.)) for n in (1, 4))     # greedy: copies
+    for name, score in once['scores'].items():
+        assert often['scores'][name] == pytest.approx(score | dict(n=4*score['n']))
+        theirs = [facts['metrics'][name]['stderr'] for facts in (once, often)]
+        assert theirs[0] == pytest.approx(theirs[1])
+    epochs = log_facts(run(toy(1), model, tmp_path, temperature=0., epochs=3))['scores']['true_reward']
+    assert epochs == pytest.approx(once['scores']['true_reward'] | dict(n=epochs['n']))
+
+
 def test_a_failed_sample_is_counted_and_in_no_mean(model, tmp_path):
     samples = [Sample(input='film '*3000, target='The', id='long')]
     samples += [Sample(input=p, target='The') for p in prompts('test')[:3]]
@@ -172,6 +183,20 @@ def test_the_command_says_what_came_of_it(tmp_path, capsys):
     capsys.readouterr()
     assert main(['tasks=no_such_task', 'renderer_name=role_colon', f'log_dir={tmp_path}/none']) == 2
     assert 'tasks=no_such_task' in capsys.readouterr().err
+
+
+@pytest.mark.parametrize('there', [False, True])
+def test_ifeval_is_found_and_says_what_it_lacks(there, tmp_path):
+    pytest.importorskip('inspect_evals')
+    if there: (tmp_path/'instruction_following_eval.py').write_text('')     # the package is there, the hub is not
+    elif find_spec('instruction_following_eval'): pytest.skip('instruction_following_eval is installed')
+    command = [sys.executable, '-m', 'dpo_lab.run_inspect_evals', 'tasks=inspect_evals/ifeval', 'limit=2',
+               'device=cpu', 'renderer_name=role_colon', f'log_dir={tmp_path}/logs']
+    env = os.environ | dict(HF_HUB_OFFLINE='1', HF_HOME=str(tmp_path/'hf'), INSPECT_CACHE_DIR=str(tmp_path/'cache'),
+                            XDG_CACHE_HOME=str(tmp_path/'xdg'), PYTHONPATH=f'{tmp_path}:{ROOT}')
+    done = subprocess.run(command, capture_output=True, text=True, env=env, cwd=tmp_path)
+    assert done.returncode == 2 and 'Traceback' not in done.stderr, done.stderr
+    assert ('IFEval' if there else 'instruction_following_eval') in done.stderr and 'offline: dpo_lab' in done.stderr
 
 
 def test_setup_registers_the_provider():

@@ -2,6 +2,7 @@
 import json
 import threading
 import time
+from email.utils import formatdate
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
@@ -14,6 +15,7 @@ from dpo_lab.onpolicy import (
     Compares,
     Endpoint,
     OnPolicyConfig,
+    asked_pause,
     choose_pairs,
     find_judge,
     judge_all,
@@ -34,7 +36,7 @@ def quiet(line): pass
 def server():
     "An OpenAI-compatible server on this machine: it does what the list `plan` says, then replies `reply`."
     class Handler(BaseHTTPRequestHandler):
-        plan, reply, asked, headers_seen = [], {}, [], []
+        plan, reply, asked, headers_seen, retry_after = [], {}, [], [], ''
         def do_POST(self):
             body = json.loads(self.rfile.read(int(self.headers['Content-Length'])))
             Handler.asked.append((self.path, body)); Handler.headers_seen.append(dict(self.headers))
@@ -43,8 +45,9 @@ def server():
             if step == 'drop': self.connection.close(); return
             reply = Handler.reply(body) if callable(Handler.reply) else Handler.reply
             data = json.dumps(reply).encode()
-            self.send_response(step); self.send_header('Content-Length', str(len(data))); self.end_headers()
-            self.wfile.write(data)
+            self.send_response(step); self.send_header('Content-Length', str(len(data)))
+            if Handler.retry_after and step != 200: self.send_header('Retry-After', Handler.retry_after)
+            self.end_headers(); self.wfile.write(data)
         def log_message(self, *args): pass
     running = ThreadingHTTPServer(('127.0.0.1', 0), Handler)
     threading.Thread(target=running.serve_forever, daemon=True).start()
@@ -67,6 +70,33 @@ def test_a_request_that_fails_for_a_passing_reason_is_tried_again(server, tmp_pa
     assert judge(ASK, ['one', 'two']) == [.5, .5]
     assert judge.report()['retried'] == len(plan) and judge.report()['position_bias'] == .5
     assert server.asked[0][0] == '/v1/chat/completions'
+
+
+@pytest.mark.parametrize('reply', [dict(error='out of credit'), dict(choices=[]), dict(choices=[{}]), ['A'], 'A'])
+def test_a_reply_without_choices_is_told_and_not_kept(server, tmp_path, reply):
+    server.reply = reply
+    with pytest.raises(ValueError, match='holds no choices.*OpenAI-compatible'):
+        endpoint(server, tmp_path)(ASK, ['one', 'two'])
+    assert len(server.asked) == 1 and not (tmp_path/'cache.jsonl').exists()
+
+
+def test_the_pause_a_server_asks_for_is_kept(server, tmp_path):
+    server.plan, server.reply, server.retry_after = [429], says('A'), '0.6'
+    begun = time.monotonic()
+    assert endpoint(server, tmp_path)(ASK, ['one', 'two']) == [.5, .5]
+    assert .6 <= time.monotonic() - begun < 5
+    server.plan, server.retry_after = [503], formatdate(time.time() + 4000, usegmt=True)
+    with pytest.raises(OSError, match=r'come back in (39|40)\d\d seconds'):
+        endpoint(server, tmp_path)(ASK, ['one', 'three'])
+    assert [asked_pause(h) for h in ('', 'soon', '-3', formatdate(0))] == [0.]*4
+
+
+def test_one_question_of_two_workers_is_asked_once(server, tmp_path):
+    def slowly(body): time.sleep(.2); return says('A')
+    server.reply = slowly
+    judge = endpoint(server, tmp_path)
+    assert judge_all(judge, [ASK]*6, [['one', 'two']]*6) == [[.5, .5]]*6
+    assert len(server.asked) == 2 and judge.report()['from_cache'] == 10
 
 
 def test_a_refusal_is_not_tried_again(server, tmp_path):
