@@ -114,6 +114,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                                                                   'dpo_lab/diagnostics.py'),
                                      'dpo_lab.diagnostics.RunFeed.events': ('diagnostics.html#runfeed.events', 'dpo_lab/diagnostics.py'),
                                      'dpo_lab.diagnostics.RunFeed.poll': ('diagnostics.html#runfeed.poll', 'dpo_lab/diagnostics.py'),
+                                     'dpo_lab.diagnostics.RunFeed.samples': ('diagnostics.html#runfeed.samples', 'dpo_lab/diagnostics.py'),
                                      'dpo_lab.diagnostics.as_logps': ('diagnostics.html#as_logps', 'dpo_lab/diagnostics.py'),
                                      'dpo_lab.diagnostics.counterfactual': ('diagnostics.html#counterfactual', 'dpo_lab/diagnostics.py'),
                                      'dpo_lab.diagnostics.credit_map': ('diagnostics.html#credit_map', 'dpo_lab/diagnostics.py'),

@@ -233,7 +233,7 @@ def point(
     return [step, kept, bands]
 
 class RunFeed:
-    "Points, events and checkpoints of a run folder, as they are written."
+    "Points, events, checkpoints and samples of a run folder, as they are written."
     def __init__(self,
         path: Path|str, # a run folder
     ):
@@ -244,6 +244,7 @@ class RunFeed:
         "Read everything from the first line."
         self.metrics, self.records = Tail(self.path/'metrics.jsonl'), Tail(self.path/'pairs.jsonl')
         self.waiting: dict[int, list[dict]] = {}
+        self.sampled: tuple[int, list[dict]] = (0, [])      # bytes that were read, and what was found in them
 
     def poll(self) -> tuple[list[list], bool]: # points, and whether they replace all earlier ones
         "What was added since the last call."
@@ -263,6 +264,18 @@ class RunFeed:
 
     @property
     def checkpoints(self) -> list[int]: return [c['step'] for c in Run(self.path).checkpoints]
+
+    @property
+    def samples(self) -> list[dict]: # at most four: step, asked, answer, ended
+        "What the model wrote when it was last asked."
+        file = self.path/'samples.jsonl'
+        size = file.stat().st_size if file.exists() else 0
+        if size != self.sampled[0]:
+            found = read_jsonl(file)
+            last = [s for s in found if s['step'] == found[-1]['step']][:4]
+            self.sampled = size, [{'step': s['step'], 'asked': s['prompt'][-1]['content'], 'answer': s['answer'],
+                                   'ended': s['ended']} for s in last]
+        return self.sampled[1]
 
 def event_text(
     event: dict, # a line of `events.jsonl`

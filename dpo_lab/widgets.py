@@ -108,6 +108,7 @@ class RunPoints(LabWidget):
     _esm = script('train_monitor')
     points, events, overlays = trait(traitlets.List, []), trait(traitlets.List, []), trait(traitlets.List, [])
     checkpoints, losses = trait(traitlets.List, []), trait(traitlets.List, list(LOSSES))
+    samples = trait(traitlets.List, [])     # what the model wrote when it was last asked
     status, fields, smoothing = trait(traitlets.Dict, {}), trait(traitlets.Dict, {}), trait(traitlets.Float, 0.)
 
     def __init__(self,
@@ -143,6 +144,7 @@ class RunPoints(LabWidget):
         if events != self.events: self.events = events
         checkpoints = self.feed.checkpoints if self.feed else []
         if checkpoints != self.checkpoints: self.checkpoints = checkpoints
+        if self.feed and self.feed.samples != self.samples: self.samples = self.feed.samples
         self.tell()
         if over and not new and self.points: self.send_state('points')     # what is saved with the notebook
         return not over or bool(new)

@@ -132,6 +132,16 @@ def test_a_monitor_steers_what_it_trains(tmp_path):
     assert again.live is monitor.live and again.points == monitor.points
 
 
+def test_a_monitor_shows_what_was_last_written(run, tmp_path):
+    shutil.copytree(run.path, path := tmp_path/'run')
+    (path/'events.jsonl').write_text('')        # as if it went on
+    monitor, last = TrainMonitor(path), run.samples[run.samples.step == run.samples.step.max()].to_dict('records')[:4]
+    assert [(s['step'], s['asked'], s['answer'], s['ended']) for s in monitor.samples] == [
+        (s['step'], s['prompt'][-1]['content'], s['answer'], s['ended']) for s in last] and monitor.samples
+    RunWriter(path).samples([dict(step=99, prompt=[dict(role='user', content='Hello?')], answer='Hi', ended='eos')])
+    until(lambda: monitor.samples == [dict(step=99, asked='Hello?', answer='Hi', ended='eos')])
+
+
 def test_a_mistake_is_said_in_the_widget_and_changes_nothing(tmp_path):
     monitor = TrainMonitor(asked(tmp_path/'run'), start=False)
     for value, why in (('-1', 'above 0'), ('much', 'could not convert')):

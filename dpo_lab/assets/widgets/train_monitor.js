@@ -39,8 +39,8 @@ export default { render({ model, el: host }) {
   const overLabel = el('label', {}, over, 'earlier runs');
   const view = el('div', { class: 'row dim', style: 'font-size:12px' }, el('label', {}, 'smoothing', smoothing), el('label', {}, bands, 'bands: middle half and 80 % of the pairs'), overLabel, reset,
     el('span', {}, 'drag to zoom, double click to go back'));
-  const grid = el('div', { class: 'plots' }), code = codeLine();
-  root.append(el('div', { class: 'row' }, el('h4', {}, 'Training'), pill, bar, where), hands, note, view, grid, code.node);
+  const grid = el('div', { class: 'plots' }), code = codeLine(), said = el('details', { open: true });
+  root.append(el('div', { class: 'row' }, el('h4', {}, 'Training'), pill, bar, where), hands, note, view, grid, said, code.node);
   const group = { plots: [], range: null };
   const plots = PANELS.map(p => ({ ...p, plot: new Plot(grid, ui, { title: p.title, logy: !!p.log, group }) }));
   reset.onclick = () => plots[0].plot.zoom(null);
@@ -91,6 +91,11 @@ export default { render({ model, el: host }) {
     if (!steps.length) rewind.disabled = true;
     code.set(model.get('code'));
   }
+  function samples() {     // what the model wrote when it was last asked
+    const those = model.get('samples') || [], cell = text => el('td', { style: 'text-align:left;vertical-align:top;white-space:pre-wrap;padding:3px 10px 3px 0' }, text);
+    said.hidden = !those.length;
+    if (those.length) said.replaceChildren(el('summary', {}, `samples at step ${those[0].step}`), el('table', { style: 'font-size:12px;max-width:100%' }, ...those.map(s => el('tr', {}, cell(s.asked), cell(s.answer), cell(s.ended)))));
+  }
   let waiting = false;
   const later = () => { if (!waiting) { waiting = true; requestAnimationFrame(() => { waiting = false; draw(); }); } };
   // new points come as messages; whoever missed some asks for them
@@ -104,7 +109,8 @@ export default { render({ model, el: host }) {
   model.on('msg:custom', hear);
   for (const name of ['points', 'events', 'overlays']) model.on(`change:${name}`, later);
   for (const name of ['status', 'fields', 'checkpoints', 'code']) model.on(`change:${name}`, status);
+  model.on('change:samples', samples);
   smoothing.oninput = bands.onchange = over.onchange = later;
-  status(); draw(); ask({ do: 'sync' });
+  status(); draw(); samples(); ask({ do: 'sync' });
   return () => { model.off?.('msg:custom', hear); ui.close(); };
 } };
