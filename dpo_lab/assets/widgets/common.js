@@ -17,7 +17,7 @@ const CSS = `
 .dl .bad { color:var(--bad); }
 .dl .num { font-variant-numeric:tabular-nums; }
 .dl .pill { border:1px solid var(--line); border-radius:99px; padding:1px 10px; background:var(--soft); font-size:12px; }
-.dl .pill.running { border-color:var(--accent); color:var(--accent); }
+.dl .pill.running, .dl .pill.pausing, .dl .pill.stopping { border-color:var(--accent); color:var(--accent); }
 .dl .pill.failed { border-color:var(--bad); color:var(--bad); }
 .dl button, .dl select, .dl input[type=text], .dl input[type=number] { font:inherit; color:var(--fg); background:var(--soft);
   border:1px solid var(--line); border-radius:6px; padding:3px 9px; min-height:28px; }
