@@ -27,7 +27,7 @@ from .steering import LiveRun, live_run
 from .sweep import Sweep, plan_text
 from .train import Config, course, course_at
 
-# %% ../nbs/17_widgets.ipynb #45959fb5
+# %% ../nbs/17_widgets.ipynb #ac6c6f6e
 @cache
 def script(
     *names: str, # files of `assets/widgets`, without their ending
@@ -71,8 +71,8 @@ class LabWidget(anywidget.AnyWidget):
         self.loop.start()
 
     def close(self):
-        self.closed.set()
-        self.nudged.set()
+        for event in (vars(self).get(name) for name in ('closed', 'nudged')):
+            if event: event.set()       # none, where a widget was refused before it began
         super().close()
 
 def name_of(source: Any) -> str:

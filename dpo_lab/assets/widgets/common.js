@@ -156,7 +156,7 @@ class Plot {
     return this.logx ? Math.exp(Math.log(lo) + t * (Math.log(hi) - Math.log(lo))) : lo + t * (hi - lo);
   }
   zoom(range) { this.group.range = range; this.group.plots.forEach(p => p.draw()); }
-  hover(x, y = null) { this.group.plots.forEach(p => { p.at = x; p.atY = p === this ? y : null; p.draw(); p.tell(p === this); }); }
+  hover(x, y = null) { this.group.plots.forEach(p => { p.at = x; p.atY = p === this ? y : null; p.draw(); p.tell(p === this); }); this.onNear?.(x === null ? null : this.near); }
   key(e) {
     const [lo, hi] = this.xr, span = hi - lo, at = this.at ?? (lo + hi) / 2, jump = this.logx ? null : Math.max(span / 60, 1e-9);
     const move = d => this.hover(this.logx ? at * Math.exp(d * Math.log(hi / lo) / 60) : Math.min(hi, Math.max(lo, at + d * jump)));
