@@ -1,5 +1,7 @@
 "The widgets in a real JupyterLab, under a real pointer: headless Chromium opens the tutorial and works with it."
+import json
 import os
+import random
 import shutil
 import socket
 import subprocess
@@ -7,6 +9,7 @@ import sys
 import time
 import urllib.request
 from pathlib import Path
+from statistics import median
 
 import pytest
 
@@ -59,23 +62,28 @@ def lab(tmp_path_factory):
 
 
 @pytest.fixture(scope='module')
-def page(lab):
+def context():
     from playwright.sync_api import sync_playwright
     with sync_playwright() as p:
         args = ['--no-sandbox', '--disable-gpu', '--disable-background-networking']
         browser = p.chromium.launch(executable_path=CHROMIUM, args=args)
-        page = browser.new_page(viewport=dict(width=1400, height=1500))
-        page.set_default_timeout(120_000)
-        page.problems = []
-        page.on('pageerror', lambda e: page.problems.append(str(e)))
-        def asked(r):
-            if not r.url.startswith((lab, 'data:', 'blob:')): page.problems.append(f'fetched {r.url}')
-        page.on('request', asked)
-        page.add_init_script(CLICKS)
-        page.goto(f'{lab}/lab/tree/under_the_hand.ipynb?reset')
-        page.wait_for_selector('.jp-Notebook-ExecutionIndicator[data-status="idle"]')
-        yield page
+        yield browser.new_context(viewport=dict(width=1400, height=1500))
         browser.close()
+
+
+@pytest.fixture(scope='module')
+def page(lab, context):
+    page = context.new_page()
+    page.set_default_timeout(120_000)
+    page.problems = []
+    page.on('pageerror', lambda e: page.problems.append(str(e)))
+    def asked(r):
+        if not r.url.startswith((lab, 'data:', 'blob:')): page.problems.append(f'fetched {r.url}')
+    page.on('request', asked)
+    page.add_init_script(CLICKS)
+    page.goto(f'{lab}/lab/tree/under_the_hand.ipynb?reset')
+    page.wait_for_selector('.jp-Notebook-ExecutionIndicator[data-status="idle"]')
+    yield page
 
 
 # when a button was clicked, and how long until the widget's state said so
@@ -140,6 +148,48 @@ def run_all(page):
     until(begun)
 
 
+WITHOUT_KERNEL = """async ([esm, state]) => {
+  const module = await import(URL.createObjectURL(new Blob([esm], { type: 'text/javascript' })));
+  const model = { get: k => state[k], set: (k, v) => { state[k] = v; }, on() {}, off() {}, save_changes() {} };
+  const drawn = () => new Promise(done => requestAnimationFrame(() => setTimeout(done)));
+  const timed = async (work, again = 5) => {
+    const took = [];
+    for (let i = 0; i < again; i++) {
+      const t = performance.now(); work(i); await drawn(); took.push(performance.now() - t); }
+    return took.sort((a, b) => a - b)[Math.floor(again / 2)];
+  };
+  const render = () => { document.body.replaceChildren(); module.default.render({ model, el: document.body }); };
+  const out = { draw: await timed(render) };
+  const find = label => document.querySelector(`[aria-label="${label}"]`), list = document.querySelector('.list');
+  out.sort = await timed(() => find('Sort by margin').click());
+  const type = text => { const box = find('Prompt contains'); box.value = text; box.oninput(); };
+  out.filter = await timed(i => type('9'.repeat(i % 3 + 1))); type('');
+  out.scroll = await timed(i => { list.scrollTop = 40000 * (i + 1); }, 9);
+  return out;
+}"""
+
+
+def test_ten_thousand_pairs_stay_fluid(context):
+    from dpo_lab.widgets import PairBrowser
+    draw, n = random.Random(0), 10_000
+    def record(pair):
+        chosen, rejected = draw.gauss(.5, 1), draw.gauss(-.5, 1)
+        return {'pair': pair, 'step': pair//16, 'split': 'train', 'beta': .1, 'loss': .6, 'chosen_logps': -40 + chosen,
+                'rejected_logps': -42 + rejected, 'chosen_logratio': chosen, 'rejected_logratio': rejected,
+                'chosen_length': draw.randint(5, 60), 'rejected_length': draw.randint(5, 60)}
+    prompts = [f'{i}: {"what do you think of it? "*3}' for i in range(n)]
+    browser = PairBrowser([record(i) for i in range(n)], prompts=prompts)
+    state = {k: v for k, v in browser.get_state().items() if k not in ('layout', '_esm', '_css')}
+    page = context.new_page()
+    took = page.evaluate(WITHOUT_KERNEL, [browser._esm, state])
+    print(f'payload {len(json.dumps(state))/1e6:.1f} MB; ms:', {name: round(ms) for name, ms in took.items()})
+    assert page.locator('.lines .line').count() < 40 and f'{n} pairs' in page.locator('.dl').inner_text()
+    assert page.locator('.lines .line').first.inner_text() != ''
+    shot(page, 'ten-thousand')
+    page.close()
+    assert took['scroll'] < 150 and max(took['sort'], took['filter']) < 400 and took['draw'] < 1000     # busy cores
+
+
 def test_a_person_works_with_the_tutorial(page):
     run_all(page)
     monitor = widget(page, 'Training monitor')
@@ -167,7 +217,7 @@ def test_a_person_works_with_the_tutorial(page):
     print('ms from a click to the screen, and to the training thread:', answers)
     assert not page.problems
     if SHOTS: Path(SHOTS, 'answers.txt').write_text(str(answers))
-    assert min(shown for shown, _ in answers.values()) < 200     # the quickest: a busy machine delays any one of them
+    assert median(shown for shown, _ in answers.values()) < 200     # a busy machine may delay one of them
 
 
 def test_the_keyboard_reads_a_curve(page):
@@ -185,7 +235,7 @@ def test_a_sweep_is_started_watched_stopped_continued_and_chosen_from(page):
     panel.get_by_label('most steps of a point').fill('10')
     panel.get_by_role('button', name='Start').click()
     until(lambda: panel.locator('.heat .cell').count() == 9)
-    until(lambda: any(cell[:1].isdigit() for cell in panel.locator('.heat .cell').all_inner_texts()))    # a curve has begun
+    until(lambda: any(cell[:1].isdigit() for cell in panel.locator('.heat .cell').all_inner_texts()))   # a value came
     panel.get_by_role('button', name='Stop').click()
     until(lambda: state(panel) == 'stopped')
     panel.get_by_role('button', name='Continue').click()
