@@ -75,7 +75,8 @@ function isDark(node) {
 }
 
 function frame(el0, label) {
-  const root = el('div', { class: 'dl', role: 'region', 'aria-label': label });
+  // JupyterLab would take arrows and Enter for its cells: inside a widget they are the widget's
+  const root = el('div', { class: 'dl', role: 'region', 'aria-label': label, 'data-lm-suppress-shortcuts': 'true' });
   root.append(el('style', {}, CSS));
   el0.append(root);
   const plots = [];
