@@ -75,8 +75,9 @@ function isDark(node) {
 }
 
 function frame(el0, label) {
-  // JupyterLab would take arrows and Enter for its cells: inside a widget they are the widget's
-  const root = el('div', { class: 'dl', role: 'region', 'aria-label': label, 'data-lm-suppress-shortcuts': 'true' });
+  const root = el('div', { class: 'dl', role: 'region', 'aria-label': label });
+  // JupyterLab would take arrows and Enter for its cells: what has the focus here keeps its keys
+  root.addEventListener('focusin', e => e.target.setAttribute('data-lm-suppress-shortcuts', 'true'));
   root.append(el('style', {}, CSS));
   el0.append(root);
   const plots = [];
