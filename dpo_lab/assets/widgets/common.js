@@ -76,8 +76,9 @@ function isDark(node) {
 
 function frame(el0, label) {
   const root = el('div', { class: 'dl', role: 'region', 'aria-label': label });
-  // JupyterLab would take arrows and Enter for its cells: what has the focus here keeps its keys
-  root.addEventListener('focusin', e => e.target.setAttribute('data-lm-suppress-shortcuts', 'true'));
+  // JupyterLab would take the arrows of a slider for its cells
+  const keep = e => { if (e.target.type === 'range' && root.contains(e.target)) e.stopImmediatePropagation(); };
+  window.addEventListener('keydown', keep, true);
   root.append(el('style', {}, CSS));
   el0.append(root);
   const plots = [];
@@ -95,7 +96,7 @@ function frame(el0, label) {
   const media = matchMedia('(prefers-color-scheme: dark)');
   media.addEventListener('change', retheme);
   requestAnimationFrame(retheme); setTimeout(retheme, 300);
-  return { root, plots, retheme, close() { watch.disconnect(); media.removeEventListener('change', retheme); } };
+  return { root, plots, retheme, close() { window.removeEventListener('keydown', keep, true); watch.disconnect(); media.removeEventListener('change', retheme); } };
 }
 
 // The line of Python that a widget stands for, and a button that copies it.
