@@ -9,6 +9,7 @@ import re
 import shutil
 import sys
 import time
+from functools import cache
 from pathlib import Path
 
 import nbformat
@@ -23,6 +24,8 @@ from pygments.lexers import PythonLexer, get_lexer_by_name
 ROOT, HERE = Path(__file__).parent.parent, Path(__file__).parent/'site'
 VIEW = 'application/vnd.jupyter.widget-view+json'
 STATE = 'application/vnd.jupyter.widget-state+json'
+PICTURES = {'Training monitor': 'monitor', 'Sweep panel': 'sweep_panel', 'Loss explorer': 'loss_explorer',
+            'Pair browser': 'pair_browser'}
 
 
 class Page:
@@ -84,6 +87,14 @@ class Prose(IPythonRenderer):
 
     def table(self, text): return f'<div class="wide"><table>{text}</table></div>\n'
 
+    def image(self, text, url, title=None):
+        "A picture; on the story page the picture of a widget is the widget itself."
+        found = pictured().get(Path(url).stem) if self.page.url == 'index.html' else None
+        if not found: return super().image(text, url, title)
+        name, models = found
+        self.page.widgets |= state_of(models, [name])
+        return f'<span class="widget" style="display:block" data-model="{name}"></span><em>{text}</em>'
+
 
 def prose(text, page, links, renderer=None): return MarkdownWithMath(renderer=renderer or Prose(links, page))(text)
 
@@ -96,6 +107,17 @@ def state_of(models, wanted):
         if name in found or name not in models: continue
         found[name] = models[name]
         todo += re.findall(r'IPY_MODEL_(\w+)', json.dumps(models[name]['state']))
+    return found
+
+
+@cache
+def pictured():
+    "Picture -> the widget of the chapter `widgets` that it shows, the fullest of its kind, and all saved models."
+    kept = nbformat.read(ROOT/'nbs'/'17_widgets.ipynb', 4).metadata.get('widgets', {}).get(STATE, {}).get('state', {})
+    found = {}
+    for name, model in sorted(kept.items(), key=lambda item: len(json.dumps(item[1]))):
+        label = re.search(r"frame\(host, '([^']+)'", model['state'].get('_esm', ''))
+        if label: found[PICTURES[label[1]]] = name, kept
     return found
 
 

@@ -5,11 +5,12 @@
 # %% auto #0
 __all__ = ['UNDER_WAY', 'check_steering', 'steer', 'rewind', 'fork', 'LiveBase', 'LiveThread', 'LiveRun', 'live_run', 'Tail']
 
-# %% ../nbs/10b_steering.ipynb #beda8625
+# %% ../nbs/10b_steering.ipynb #f6670730
 import asyncio
 import json
 import shutil
 import threading
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -102,7 +103,7 @@ def fork(
     steer(begun, begun.start, **fields)
     return begun
 
-# %% ../nbs/10b_steering.ipynb #bf4bfad0
+# %% ../nbs/10b_steering.ipynb #cb689541
 UNDER_WAY: dict[str, Any] = {}    # folder -> the live run that writes it
 
 class LiveBase:
@@ -117,7 +118,8 @@ class LiveBase:
         self.path: Any = getattr(source, 'path', None)
         self.total = getattr(source, 'total', None)
         self.on_step = on_step or (lambda metrics: None)
-        self.state, self.note = 'ready', ''
+        self.state, self.note, self.told = 'ready', '', time.time()
+        self.watchers: list[Callable] = []      # called when state or note changes, in the thread that changed it
         self.step: Any = None           # the newest that was measured
         self.requests: list[Callable] = []
         self.turn = threading.Condition()
@@ -147,7 +149,8 @@ class LiveBase:
         with self.turn: self.wanted = state; self.turn.notify_all()
 
     def _tell(self, state=None, note=''):
-        self.state, self.note = state or self.state, note or self.note
+        self.state, self.note, self.told = state or self.state, note or self.note, time.time()
+        for watcher in self.watchers: watcher()
 
 # %% ../nbs/10b_steering.ipynb #74691d7d
 class LiveThread(LiveBase):

@@ -10,8 +10,9 @@ import torch
 
 pytest.importorskip('anywidget', reason="needs the lab extra: pip install 'dpo_lab[lab]'")
 
-from dpo_lab.diagnostics import counterfactual, pair_frame
+from dpo_lab.diagnostics import counterfactual, open_run, pair_frame
 from dpo_lab.losses import LOSSES, PairLogps
+from dpo_lab.models import tiny_model
 from dpo_lab.runs import Run, RunWriter, read_jsonl
 from dpo_lab.sweep import sweep
 from dpo_lab.train import Config, run_dpo
@@ -193,6 +194,26 @@ def test_a_panel_fills_and_exports_a_point(tmp_path):
     assert json.dumps(panel.get_state(), default=str)
 
 
+def test_a_panel_made_again_finds_the_sweep_that_runs(tmp_path):
+    config = asked(tmp_path/'grid', max_steps=6, eval_every=3, infrequent_eval_every=0)
+    first = SweepPanel(config, workers=1, dpo_beta=[.1, .5])
+    press(first, 'start', asked=first.asked)
+    again = SweepPanel(config, workers=1, dpo_beta=[.1, .5])
+    assert again.live is first.live and again.status['state'] == 'running' and len(again.points) == 2
+    press(again, 'stop'); until(lambda: first.status['state'] == 'stopped')
+
+
+def test_what_failed_stays_in_sight_while_the_run_goes_on(tmp_path):
+    monitor = TrainMonitor(asked(tmp_path/'run', max_steps=500))
+    until(lambda: monitor.points)
+    press(monitor, 'change', dpo_beta='-1', learning_rate='2e-4', loss='sigmoid')
+    seen = monitor.points[-1][0]
+    until(lambda: monitor.points[-1][0] > seen + 2)
+    assert 'above 0' in monitor.status['note']
+    press(monitor, 'stop')
+    until(lambda: monitor.status['state'] == 'stopped' and not monitor.status['note'])
+
+
 def test_a_panel_refuses_what_a_sweep_would(tmp_path):
     panel = SweepPanel(asked(tmp_path/'grid'))
     wrong = [({'dpo_beta': '0, 1'}, 'above 0'), ({'dpo_beta': 'x'}, 'float'), ({'more': 'los=ipo'}, 'Did you mean'),
@@ -224,6 +245,23 @@ def test_a_browser_lists_pairs_and_opens_one_to_its_tokens(run):
     until(lambda: browser.detail.get('pair') == pair)
     total = sum(nats for _, nats in browser.detail['chosen'] if nats is not None)
     assert math.isfinite(total) and 'User:' in browser.detail['prompt'] and 'credit_map' in browser.code
+
+
+def test_the_colours_of_a_pair_are_plain_differences_of_log_probs(run):
+    "Also where a completion spells out a special token: its characters are ordinary tokens."
+    opened, browser = open_run(run), PairBrowser(run)
+    base = tiny_model()[0]
+    odd = [row for row in opened['train'] if '<|bos|>' in opened['tokenizer'].decode(row.rejected)]
+    assert odd
+    for row in (odd[0], opened['train'][0]):
+        for side in ('chosen', 'rejected'):
+            prompt, tokens = list(row.prompt), list(getattr(row, side))
+            ids = torch.tensor([prompt + tokens])
+            with torch.no_grad():
+                now, then = (m(ids).logits[0].log_softmax(-1)[len(prompt)-1:-1].gather(1, torch.tensor(tokens)[:, None])
+                             for m in (opened['model'], base))
+            shown = [nats for _, nats in browser.read(row.index)[side]]
+            assert shown == pytest.approx((now - then)[:, 0].tolist(), abs=2e-4)
 
 
 def test_a_pair_that_cannot_be_read_says_why(run, tmp_path):

@@ -26,8 +26,7 @@
       for (const name of names?.split(' ') ?? Object.keys(this.heard))
         this.heard[name] = (this.heard[name] ?? []).filter(l => listener && l !== listener)
     }
-    save_changes() {}
-    send() {}
+    save_changes() {}       // and no `send`: a widget sees that nobody listens, and hides its hands
     widget_manager = {get_model: async reference => model(reference)}
   }
 

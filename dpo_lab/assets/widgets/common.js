@@ -17,7 +17,7 @@ const CSS = `
 .dl .bad { color:var(--bad); }
 .dl .num { font-variant-numeric:tabular-nums; }
 .dl .pill { border:1px solid var(--line); border-radius:99px; padding:1px 10px; background:var(--soft); font-size:12px; }
-.dl .pill.running { border-color:var(--accent); color:var(--accent); }
+.dl .pill.running, .dl .pill.pausing, .dl .pill.stopping { border-color:var(--accent); color:var(--accent); }
 .dl .pill.failed { border-color:var(--bad); color:var(--bad); }
 .dl button, .dl select, .dl input[type=text], .dl input[type=number] { font:inherit; color:var(--fg); background:var(--soft);
   border:1px solid var(--line); border-radius:6px; padding:3px 9px; min-height:28px; }
@@ -76,6 +76,9 @@ function isDark(node) {
 
 function frame(el0, label) {
   const root = el('div', { class: 'dl', role: 'region', 'aria-label': label });
+  // JupyterLab would take the arrows of a slider for its cells
+  const keep = e => { if (e.target.type === 'range' && root.contains(e.target)) e.stopImmediatePropagation(); };
+  window.addEventListener('keydown', keep, true);
   root.append(el('style', {}, CSS));
   el0.append(root);
   const plots = [];
@@ -93,7 +96,7 @@ function frame(el0, label) {
   const media = matchMedia('(prefers-color-scheme: dark)');
   media.addEventListener('change', retheme);
   requestAnimationFrame(retheme); setTimeout(retheme, 300);
-  return { root, plots, retheme, close() { watch.disconnect(); media.removeEventListener('change', retheme); } };
+  return { root, plots, retheme, close() { window.removeEventListener('keydown', keep, true); watch.disconnect(); media.removeEventListener('change', retheme); } };
 }
 
 // The line of Python that a widget stands for, and a button that copies it.
@@ -156,7 +159,7 @@ class Plot {
     return this.logx ? Math.exp(Math.log(lo) + t * (Math.log(hi) - Math.log(lo))) : lo + t * (hi - lo);
   }
   zoom(range) { this.group.range = range; this.group.plots.forEach(p => p.draw()); }
-  hover(x, y = null) { this.group.plots.forEach(p => { p.at = x; p.atY = p === this ? y : null; p.draw(); p.tell(p === this); }); }
+  hover(x, y = null) { this.group.plots.forEach(p => { p.at = x; p.atY = p === this ? y : null; p.draw(); p.tell(p === this); }); this.onNear?.(x === null ? null : this.near); }
   key(e) {
     const [lo, hi] = this.xr, span = hi - lo, at = this.at ?? (lo + hi) / 2, jump = this.logx ? null : Math.max(span / 60, 1e-9);
     const move = d => this.hover(this.logx ? at * Math.exp(d * Math.log(hi / lo) / 60) : Math.min(hi, Math.max(lo, at + d * jump)));

@@ -1,11 +1,11 @@
 const ROW = 26, SEEN = 12;
-const SHOWN = [['pair', 'pair'], ['margin', 'margin'], ['delta', 'delta, nats'], ['chosen_logratio', 'chosen moved'], ['rejected_logratio', 'rejected moved'], ['length_difference', 'longer by'], ['loss', 'loss'], ['flip', 'flip'], ['suspect', 'suspect'], ['prompt', 'prompt']];
+const SHOWN = [['pair', 'pair'], ['step', 'seen at'], ['margin', 'margin'], ['delta', 'delta, nats'], ['chosen_logratio', 'chosen moved'], ['rejected_logratio', 'rejected moved'], ['length_difference', 'longer by'], ['loss', 'loss'], ['flip', 'flip'], ['suspect', 'suspect'], ['prompt', 'prompt']];
 
 export default { render({ model, el: host }) {
   const ui = frame(host, 'Pair browser'), root = ui.root, can = typeof model.send === 'function';
   root.append(el('style', {}, `
     .dl .list { height:${ROW * SEEN + 30}px; overflow:auto; border:1px solid var(--line); border-radius:8px; position:relative; font-size:12px; }
-    .dl .line { display:grid; grid-template-columns:56px 74px 84px 94px 100px 74px 64px 48px 62px minmax(160px,1fr); height:${ROW}px; align-items:center; min-width:830px; }
+    .dl .line { display:grid; grid-template-columns:56px 66px 74px 84px 94px 100px 74px 64px 48px 62px minmax(160px,1fr); height:${ROW}px; align-items:center; min-width:896px; }
     .dl .line > * { padding:0 7px; text-align:right; overflow:hidden; text-overflow:ellipsis; white-space:nowrap; font-variant-numeric:tabular-nums; }
     .dl .line > :last-child { text-align:left; }
     .dl .lines .line { position:absolute; left:0; right:0; cursor:pointer; border-bottom:1px solid var(--line); }
@@ -22,7 +22,7 @@ export default { render({ model, el: host }) {
   const all = model.get('columns'), n = all.pair.length;
   const count = el('span', { class: 'dim', role: 'status' });
   const search = el('input', { type: 'text', placeholder: 'prompt contains', 'aria-label': 'Prompt contains', size: 18 });
-  const by = el('select', { 'aria-label': 'Number to filter by' }, ...SHOWN.slice(0, 7).filter(([k]) => all[k]).map(([k, t]) => el('option', { value: k, selected: k === 'delta' }, t)));
+  const by = el('select', { 'aria-label': 'Number to filter by' }, ...SHOWN.slice(0, 8).filter(([k]) => all[k]).map(([k, t]) => el('option', { value: k, selected: k === 'delta' }, t)));
   const from = el('input', { type: 'text', size: 6, placeholder: 'from', 'aria-label': 'from' }), to = el('input', { type: 'text', size: 6, placeholder: 'to', 'aria-label': 'to' });
   const flips = el('input', { type: 'checkbox' }), odd = el('input', { type: 'checkbox' });
   root.append(el('div', { class: 'row' }, el('h4', {}, 'Pairs'), count),
@@ -71,16 +71,18 @@ export default { render({ model, el: host }) {
     else detail.replaceChildren(el('p', { class: 'dim' }, `Pair ${pair} was not recorded on this page: open the notebook to read it.`));
     model.save_changes(); paint();
   }
+  const signed = v => `${v >= 0 ? '+' : ''}${v.toFixed(2)}`;
   function show() {
     const d = model.get('detail');
     if (!d || d.pair === undefined) { detail.replaceChildren(); return; }
     if (d.error) { detail.replaceChildren(el('p', { class: 'bad' }, d.error)); code.set(model.get('code')); return; }
-    const dark = root.classList.contains('dark'), nats = [...d.chosen, ...d.rejected].map(t => Math.abs(t[1] ?? 0)), reach = Math.max(.05, ...nats);
+    const at = all.pair.indexOf(d.pair), dark = root.classList.contains('dark'), nats = [...d.chosen, ...d.rejected].map(t => Math.abs(t[1] ?? 0)), reach = Math.max(.05, ...nats);
     const tokens = side => side.map(([text, v]) => {
       const rgb = v >= 0 ? (dark ? '64,150,255' : '0,100,200') : (dark ? '255,130,60' : '213,94,0');
       return el('span', { class: 'tok ' + (v === null ? 'unscored' : 'scored'), style: v === null ? '' : `background:rgba(${rgb},${(.75 * Math.sqrt(Math.abs(v) / reach) * (Math.abs(v) > .005)).toFixed(2)})`, title: v === null ? 'not scored' : `${v >= 0 ? '+' : ''}${v.toFixed(3)} nats` }, text);
     });
-    const box = name => { const s = d[name].reduce((a, t) => a + (t[1] ?? 0), 0), k = d[name].filter(t => t[1] !== null).length; return el('div', { class: 'side' }, el('b', {}, name), el('span', { class: 'dim num' }, `  ${s >= 0 ? '+' : ''}${s.toFixed(2)} nats since the reference, ${k} scored tokens`), el('div', { class: 'text' }, ...tokens(d[name]))); };
+    const box = name => { const s = d[name].reduce((a, t) => a + (t[1] ?? 0), 0), k = d[name].filter(t => t[1] !== null).length; return el('div', { class: 'side' }, el('b', {}, name), el('span', { class: 'dim num' }, `  ${signed(s)} nats since the reference with the final weights, ${k} scored tokens`),
+      el('div', { class: 'dim num', style: 'font-size:11.5px' }, at < 0 || !all[name + '_logratio'] ? '' : `${signed(all[name + '_logratio'][at])} when step ${all.step[at]} saw it, as in the table`), el('div', { class: 'text' }, ...tokens(d[name]))); };
     detail.replaceChildren(el('div', { class: 'side', style: 'margin-top:8px' }, el('b', {}, `prompt of pair ${d.pair}`), el('div', { class: 'text', style: 'max-height:180px;overflow:auto', tabIndex: 0 }, d.prompt)), el('div', { class: 'sides' }, box('chosen'), box('rejected')),
       el('div', { class: 'dim', style: 'font-size:11.5px;margin:4px 0' }, `log π − log ref of each token: blue has become likelier, orange less likely; full colour is ${reach.toFixed(2)} nats. Underlined tokens are scored.`));
     code.set(model.get('code'));

@@ -10,6 +10,7 @@ export default { render({ model, el: host }) {
     .dl .heat { display:grid; gap:3px; overflow:auto; font-size:12px; }
     .dl .heat .cell { position:relative; border:2px solid transparent; border-radius:6px; min-height:44px; min-width:66px; padding:3px 5px; text-align:center; font-variant-numeric:tabular-nums; overflow:hidden; line-height:1.25; }
     .dl .heat .cell.on { border-color:var(--fg); outline:2px solid var(--accent); }
+    .dl .heat .cell.lit { outline:3px solid var(--fg); outline-offset:-3px; }
     .dl .heat .cell small { display:block; font-size:10px; opacity:.9; }
     .dl .heat .cell .done { position:absolute; left:0; bottom:0; height:4px; background:var(--accent); }
     .dl .heat .axis { display:flex; align-items:center; justify-content:center; color:var(--dim); padding:2px 4px; white-space:nowrap; }
@@ -36,6 +37,13 @@ export default { render({ model, el: host }) {
   ui.plots.push({ draw: () => drawParallel() });
 
   let lit = null;
+  curves.onNear = s => { // a curve under the pointer lights its cell and its line
+    const now = s ? s.point : null, old = lit ? lit[0] : null;
+    if (now === old) return;
+    lit = now ? [now] : null;
+    for (const c of heat.querySelectorAll('.cell')) c.classList.toggle('lit', now !== null && c.points.includes(now));
+    drawCurves(); drawParallel();
+  };
   const points = () => model.get('points') || [], axes = () => model.get('axes') || {};
   const settingAxes = () => Object.keys(axes()).filter(a => a !== 'seed');
   const setting = p => settingAxes().map(a => `${a}=${p.values[a]}`).join(', ');
@@ -70,6 +78,7 @@ export default { render({ model, el: host }) {
           el('small', {}, failed.length ? `${failed.length} failed` : done < 1 ? `${Math.round(done * 100)} %` : group.length > 1 ? `${group.length} runs` : 'done'), el('span', { class: 'done', style: `width:${done < 1 ? done * 100 : 0}%` }));
         // a cell may be drawn anew between press and release, so the press counts; a click without one comes from a key
         b.onpointerdown = () => group.length && pick(group[0].name);
+        b.points = group.map(p => p.name); if (lit && !heat.matches(':hover') && b.points.includes(lit[0])) b.classList.add('lit');
         b.onclick = e => e.detail === 0 && group.length && pick(group[0].name);
         b.onmouseenter = b.onfocus = () => { if (!lit || lit[0] !== (group[0] || {}).name) { lit = group.map(p => p.name); drawCurves(); drawParallel(); } };
         b.onmouseleave = b.onblur = () => { lit = null; drawCurves(); drawParallel(); };
@@ -97,7 +106,6 @@ export default { render({ model, el: host }) {
     if (!w) return; c.width = w * r; c.height = h * r; g.scale(r, r); g.font = '11px system-ui,sans-serif'; g.textAlign = 'center';
     const scores = ps.map(p => score(p, m)).filter(v => v !== null), lo = Math.min(...scores), hi = Math.max(...scores), xAt = i => 60 + i * (w - 120) / names.length;
     const yAt = t => h - 30 - t * (h - 60);
-    names.forEach((a, i) => { g.fillStyle = fg; g.fillText(a, xAt(i), 14); axes()[a].forEach((v, k) => g.fillText(typeof v === 'number' ? short(v) : String(v), xAt(i), yAt(axes()[a].length > 1 ? k / (axes()[a].length - 1) : .5) + 4)); });
     g.fillText(METRICS[m] || m, xAt(names.length), 14); g.fillText(short(hi), xAt(names.length) + 30, yAt(1) + 4); g.fillText(short(lo), xAt(names.length) + 30, yAt(0) + 4);
     for (const p of ps) {
       const s = score(p, m); if (s === null) continue;
@@ -106,6 +114,8 @@ export default { render({ model, el: host }) {
       names.forEach((a, i) => { const n = axes()[a].length, y = yAt(n > 1 ? axes()[a].indexOf(p.values[a]) / (n - 1) : .5); g[i ? 'lineTo' : 'moveTo'](xAt(i) + (i ? -24 : 24), y); if (i) g.lineTo(xAt(i) + 24, y); });
       g.lineTo(xAt(names.length), yAt(t)); g.stroke(); g.globalAlpha = 1;
     }
+    const bg = getComputedStyle(root).getPropertyValue('--bg'), write = (text, x, y) => { g.fillStyle = bg; const w2 = g.measureText(text).width + 8; g.fillRect(x - w2 / 2, y - 11, w2, 15); g.fillStyle = fg; g.fillText(text, x, y); };
+    names.forEach((a, i) => { write(a, xAt(i), 14); axes()[a].forEach((v, k) => write(typeof v === 'number' ? short(v) : String(v), xAt(i), yAt(axes()[a].length > 1 ? k / (axes()[a].length - 1) : .5) + 4)); });
   }
   function choose() {
     const p = points().find(q => q.name === model.get('chosen'));

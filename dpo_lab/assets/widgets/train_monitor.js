@@ -73,7 +73,7 @@ export default { render({ model, el: host }) {
   }
   function status() {
     const s = model.get('status'), fields = model.get('fields') || {}, live = can && s.live;
-    pill.textContent = s.state; pill.className = 'pill ' + s.state;
+    pill.textContent = s.state; pill.className = 'pill ' + s.state; pill.dataset.told = s.told ?? ''; pill.title = s.told ? `since ${new Date(1000 * s.told).toLocaleTimeString()}` : '';
     bar.hidden = !s.total; bar.value = s.total ? (s.step ?? 0) / s.total : 0;
     where.textContent = `step ${s.step ?? '–'}${s.total ? ` of ${s.total}` : ''}${s.path ? ' · ' + s.path : ''}${s.every > 1 ? ` · every ${s.every}th step is drawn` : ''}`;
     note.textContent = s.note || ''; note.className = s.note && /Error|error/.test(s.note) ? 'bad' : 'dim';
@@ -81,7 +81,7 @@ export default { render({ model, el: host }) {
     const over_ = ['finished', 'failed'].includes(s.state);
     pause.textContent = s.state === 'running' ? 'Pause' : s.state === 'ready' ? 'Start' : 'Continue';
     pause.setAttribute('aria-label', `${pause.textContent} the training`);
-    pause.disabled = over_; stop.disabled = !['running', 'paused'].includes(s.state);
+    pause.disabled = over_; stop.disabled = !['running', 'paused', 'pausing'].includes(s.state);
     for (const b of [save, rewind, fork, apply, beta, rate, loss, back, forkTo]) b.disabled = !s.steerable || (over_ && b !== rewind && b !== back && b !== fork && b !== forkTo);
     apply.title = s.steerable ? '' : 'these steps come from a loop of their own: only a Config or a run of run_dpo can be steered';
     for (const [field, name] of [[beta, 'dpo_beta'], [rate, 'learning_rate'], [loss, 'loss']]) if (!field.dataset.dirty && document.activeElement !== field) field.value = fields[name] ?? '';
