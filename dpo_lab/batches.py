@@ -227,7 +227,7 @@ def collate(
                      torch.tensor([row.index for row in rows]), truncated=sum(row.truncated for row in rows), **columns)
 
 # %% ../nbs/04_batches.ipynb #021784ab
-TOKEN_BUDGET = 4096
+TOKEN_BUDGET = 4096 if torch.cuda.is_available() else 1024
 
 def pack(
     rows: Sequence[PairRow],            # encoded pairs

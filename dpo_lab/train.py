@@ -67,7 +67,7 @@ class Config:
     lr_schedule: str = field('linear', "linear (to 0), cosine (to 0) or constant")
     warmup_ratio: float = field(0., "share of the steps in which the rate rises")
     batch_size: int = field(16, "pairs in an optimiser step")
-    token_budget: int|None = field(None, "most tokens in a micro-batch; empty is 4096")
+    token_budget: int|None = field(None, "most tokens in a micro-batch; empty is 1024, with a GPU 4096")
     num_epochs: int|None = field(None, "passes over the data; empty is 1, for the tiny model 6")
     max_steps: int|None = field(None, "stop after this many steps")
     weight_decay: float = field(0., "decoupled weight decay")

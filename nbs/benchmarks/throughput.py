@@ -2,10 +2,11 @@
 
     make bench ARGS='model_name=path/to/model dataset=hhh dataset_path=pairs.jsonl renderer_name=role_colon'
 
-Both first have to agree on log-probs, loss and gradient of the same pairs, or no speed is printed. TRL runs as its
-documentation starts it (live reference, one batch), and tuned: reference precomputed, micro-batch and attention
-searched on pairs that are not timed, the float32 products and the fused optimiser that dpo_lab uses, and the allocator
-settings of the environment for both.
+Both first have to agree on log-probs, loss and gradient of the same pairs, or no speed is printed. TRL runs in three
+ways. `trl_tuned`: reference precomputed, micro-batch and attention searched on pairs that are not timed, and the
+float32 products and the fused optimiser that dpo_lab uses. `trl_stock`: reference precomputed, one pair at a time, its
+own attention and PyTorch's default products. `trl_documented`: as its documentation starts it, with a live reference
+and the whole batch at once. The allocator settings of the environment hold for all.
 """
 import gc
 import json
@@ -42,14 +43,16 @@ class Bench:
     dataset: str = chz.field(default='toy', doc="as in dpo_lab.train")
     dataset_path: str|None = chz.field(default=None, doc="as in dpo_lab.train")
     renderer_name: str|None = chz.field(default=None, doc="as in dpo_lab.train")
-    pairs: int = chz.field(default=48, doc="timed pairs")
+    pairs: int = chz.field(default=48, doc="timed pairs, at most")
+    minutes: float = chz.field(default=60., doc="no step is timed that would begin later than this")
+    prompt_share: float = chz.field(default=0., doc="least mean share of the prompt in the tokens of the two sides")
     batch_size: int = chz.field(default=8, doc="pairs in an optimiser step")
     max_length: int = chz.field(default=512, doc="tokens of a side")
     dtype: str = chz.field(default='float32', doc="of the weights")
     lora_rank: int = chz.field(default=0, doc="rank of the adapters; 0 trains all weights")
     micro_batches: str = chz.field(default='1,2,4,8', doc="sizes that TRL may try")
     attentions: str = chz.field(default='eager,sdpa', doc="attentions that TRL may try")
-    stock: bool = chz.field(default=True, doc="also time TRL as its documentation starts it")
+    ways: str = chz.field(default='tuned,stock,documented', doc="how TRL runs; documented takes 12 GB and more")
     contestant: str|None = chz.field(default=None, doc="run only this one for two steps, and print its peak memory")
     out: str|None = chz.field(default=None, doc="JSON lines file that the result is added to")
 
@@ -141,9 +144,9 @@ def disagreement(ours, peer, rows):
     return dict(nats=nats, loss=abs(losses[0] - losses[1]), gradient=(off/size).item())
 
 
-def peak_gflops():
-    "Speed of a float32 product of this model's size, at the present setting."
-    a, b = torch.randn(2048, 576), torch.randn(576, 1536)
+def peak_gflops(dtype):
+    "Speed of a product of this model's size in the dtype of the weights, at the present setting."
+    a, b = (torch.randn(*shape).to(dtype) for shape in ((2048, 576), (576, 1536)))
     def run(n=20):
         start = time.perf_counter()
         for _ in range(n): a @ b
@@ -162,10 +165,24 @@ def work(c, model, rows):
 
 def peak_memory(c, name):
     "GB that a process takes to run one contestant for two steps."
-    words = [f'{k}={v}' for k, v in chz.asdict(c).items() if v is not None and k not in ('out', 'contestant', 'stock')]
+    words = [f'{k}={v}' for k, v in chz.asdict(c).items() if v is not None and k not in ('out', 'contestant')]
     out = subprocess.run([sys.executable, __file__, *words, f'contestant={name}'], capture_output=True, text=True)
     if out.returncode: raise RuntimeError(out.stderr[-2000:])
     return float(out.stdout.split()[-1])
+
+
+def prompt_share(rows):
+    "Share of the prompt in the tokens of two unrolled sides."
+    twice = 2 * sum(len(row.prompt) for row in rows)
+    return twice / (twice + sum(len(row.chosen) + len(row.rejected) for row in rows))
+
+
+def prompt_heavy(rows, least):
+    "The most pairs whose prompts together have this share, in their order."
+    by_share = sorted(rows, key=lambda row: -prompt_share([row]))
+    while by_share and prompt_share(by_share) < least: by_share.pop()
+    kept = {row.index for row in by_share}
+    return [row for row in rows if row.index in kept]
 
 
 class Place:
@@ -175,6 +192,7 @@ class Place:
         renderer = c.renderer_name or recommended_renderer(self.tokenizer, model.config)[0]
         pairs = load_pairs(c.dataset, c.dataset_path).train
         rows = encode_pairs(pairs, get_renderer(renderer, self.tokenizer), max_length=c.max_length)
+        rows = prompt_heavy(rows, c.prompt_share)
         self.rows, self.others = rows[:c.pairs], rows[c.pairs:c.pairs + c.batch_size]
         if len(self.others) < c.batch_size: raise SystemExit(f'{len(rows)} pairs are too few for pairs={c.pairs}')
     def __getattr__(self, name): return getattr(self.c, name)
@@ -212,17 +230,20 @@ def main(c):
     print('  they differ by', ', '.join(f'{k} {v:.1e}' for k, v in differ.items()))
     if any(value > limit for value, limit in zip(differ.values(), TOLERANCE[c.dtype])):
         raise SystemExit(f'dpo_lab and TRL do not compute the same thing: {differ}, allowed {TOLERANCE[c.dtype]}')
-    contestants = {'dpo_lab': ours, 'trl_tuned': peer}
-    if c.stock: contestants['trl_stock'] = Peer(place, place.model(), c.batch_size, 'sdpa', live=place.model())
+    ways = {'tuned': lambda: peer, 'stock': lambda: Peer(place, place.model(), 1, 'sdpa'),
+            'documented': lambda: Peer(place, place.model(), c.batch_size, 'sdpa', live=place.model())}
+    contestants = {'dpo_lab': ours} | {f'trl_{way}': ways[way]() for way in c.ways.split(',')}
     ready, reference, steps = {}, {}, {name: [] for name in contestants}
+    end = time.monotonic() + 60*c.minutes
     for name, contestant in contestants.items():
         ready[name], seconds = refer_seconds(contestant, place.rows)
-        reference[name] = seconds / c.pairs
+        reference[name] = seconds / len(place.rows)
         step_seconds(contestant, contestant.refer(place.others))          # warm
-    gflops = peak_gflops()
-    for i in range(0, c.pairs, c.batch_size):
+    gflops = peak_gflops(next(ours.model.parameters()).dtype)
+    for i in range(0, len(place.rows), c.batch_size):
+        if i and time.monotonic() > end: break
         for name, contestant in contestants.items():                    # in turn: a busy machine is unfair to none
-            if name == 'trl_stock': torch.set_float32_matmul_precision('highest')
+            if name in ('trl_stock', 'trl_documented'): torch.set_float32_matmul_precision('highest')
             steps[name].append(step_seconds(contestant, ready[name][i:i+c.batch_size]) / c.batch_size)
             use_exact_products()
         print(f'  step {i//c.batch_size}:', ', '.join(f'{k} {v[-1]:.3f}' for k, v in steps.items()), 's a pair')
@@ -232,13 +253,15 @@ def main(c):
     result = {
         'asked': {k: v for k, v in chz.asdict(c).items() if k not in ('out', 'contestant', 'dataset_path')}
                  | {'model_name': Path(c.model_name).name},
-        'machine': machine(products), 'tokens': {'unique': sum(r.num_tokens for r in place.rows), 'padded': padded,
-                                                'scored': sum(sizes_of(place.rows))},
+        'machine': machine(products), 'timed_pairs': c.batch_size * len(steps['dpo_lab']),
+        'tokens': {'unique': sum(r.num_tokens for r in place.rows), 'padded': padded,
+                   'scored': sum(sizes_of(place.rows)), 'prompt_share': prompt_share(place.rows)},
         'differ': differ, 'best': best, 'tried': tried, 'seconds': median, 'steps': steps, 'reference': reference,
         'ratios': {name: statistics.median(b/a for a, b in zip(steps['dpo_lab'], steps[name]))
                    for name in contestants if name != 'dpo_lab'},
-        'share_of_peak': work(c, ours.model, place.rows) / c.pairs / median['dpo_lab'] / gflops,
-        'sweep_of_6': (6*median['trl_tuned'] + 6*reference['trl_tuned']) / (6*median['dpo_lab'] + reference['dpo_lab']),
+        'share_of_peak': work(c, ours.model, place.rows) / len(place.rows) / median['dpo_lab'] / gflops,
+        'sweep_of_6': {name: 6*(median[name] + reference[name]) / (6*median['dpo_lab'] + reference['dpo_lab'])
+                       for name in contestants if name != 'dpo_lab'},
         'memory_gb': {name: peak_memory(tuned, name) for name in ('dpo_lab', 'trl')}}
     print(json.dumps({k: v for k, v in result.items() if k not in ('steps', 'tried')}, indent=1))
     if c.out:
