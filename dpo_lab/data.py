@@ -29,8 +29,8 @@ from .renderers import nearest
 __all__ = ['Message', 'PARTS', 'TURN', 'ROLES', 'SPEAKERS', 'READS', 'TEST_ROWS', 'FORMS', 'HOW_TO_MAP', 'DATASETS',
            'PreferencePair', 'Drop', 'why_unusable', 'parse_transcript', 'transcript_pair', 'text_of', 'message',
            'messages_of', 'part_ways', 'as_pair', 'read_rows', 'from_json', 'quiet_datasets', 'open_splits',
-           'DPODatasetBuilder', 'open_source', 'checked', 'convert', 'prompt_key', 'take_test', 'Pairs', 'kept',
-           'build_pairs', 'spread', 'split_audit', 'data_fingerprint', 'overlap', 'Audit', 'audit_lines', 'audit_table',
+           'DPODatasetBuilder', 'open_source', 'checked', 'convert', 'prompt_key', 'take_test', 'Audit', 'Pairs',
+           'kept', 'build_pairs', 'spread', 'split_audit', 'data_fingerprint', 'overlap', 'audit_lines', 'audit_table',
            'histogram_svg', 'audit_html', 'ends_of', 'stop_ids', 'token_audit', 'token_lines', 'HHH', 'HelpSteer3',
            'rating', 'UltraFeedback', 'Tulu3', 'Arena', 'HelpSteer2', 'Toy', 'find_columns', 'Columns', 'builder_named',
            'is_path', 'parse_spec', 'find_builder', 'load_pairs']
@@ -372,6 +372,31 @@ def take_test(
             taken += count[key]
     return [i for i in order if keys[i] in held]
 
+# %% ../nbs/02_data.ipynb #6256180f
+@dataclass(frozen=True)
+class Audit:
+    "What became of the rows of a data set."
+    dataset: str            # the builder
+    source: str             # file, folder or hub id
+    revision: str|None      # commit, tag or branch on the hub
+    split: str              # how the test set was made
+    train: dict             # `split_audit` of the training rows
+    test: dict              # `split_audit` of the test rows
+    overlap: dict           # prompts in both
+    tokens: dict = field(default_factory=dict)  # `token_audit`, once there is a renderer
+
+    rows = property(lambda self: self.train['rows'] + self.test['rows'])
+    kept = property(lambda self: self.train['kept'] + self.test['kept'])
+
+    @property
+    def dropped(self) -> dict[str, int]:
+        return dict((Counter(self.train['dropped']) + Counter(self.test['dropped'])).most_common())
+
+    def to_dict(self) -> dict: return asdict(self) | dict(rows=self.rows, kept=self.kept, dropped=self.dropped)
+    def __repr__(self): return f"Audit({self.dataset}: {self.kept:,} of {self.rows:,} rows kept, from {self.source})"
+    def __rich__(self): return audit_table(self)
+    def _repr_html_(self): return audit_html(self)
+
 # %% ../nbs/02_data.ipynb #f5eef6e6
 @dataclass(frozen=True)
 class Pairs:
@@ -472,31 +497,6 @@ def overlap(
     seen = {prompt_key(p.prompt) for p in train}
     met = [k for p in test if (k := prompt_key(p.prompt)) in seen]
     return dict(prompts=len(set(met)), test_pairs=len(met))
-
-# %% ../nbs/02_data.ipynb #6256180f
-@dataclass(frozen=True)
-class Audit:
-    "What became of the rows of a data set."
-    dataset: str            # the builder
-    source: str             # file, folder or hub id
-    revision: str|None      # commit, tag or branch on the hub
-    split: str              # how the test set was made
-    train: dict             # `split_audit` of the training rows
-    test: dict              # `split_audit` of the test rows
-    overlap: dict           # prompts in both
-    tokens: dict = field(default_factory=dict)  # `token_audit`, once there is a renderer
-
-    rows = property(lambda self: self.train['rows'] + self.test['rows'])
-    kept = property(lambda self: self.train['kept'] + self.test['kept'])
-
-    @property
-    def dropped(self) -> dict[str, int]:
-        return dict((Counter(self.train['dropped']) + Counter(self.test['dropped'])).most_common())
-
-    def to_dict(self) -> dict: return asdict(self) | dict(rows=self.rows, kept=self.kept, dropped=self.dropped)
-    def __repr__(self): return f"Audit({self.dataset}: {self.kept:,} of {self.rows:,} rows kept, from {self.source})"
-    def __rich__(self): return audit_table(self)
-    def _repr_html_(self): return audit_html(self)
 
 # %% ../nbs/02_data.ipynb #d59ec99a
 def audit_lines(

@@ -2,9 +2,12 @@
 import ast
 import base64
 import json
+import os
 import re
 import runpy
+import shutil
 import struct
+import subprocess
 import sys
 import zlib
 from html.parser import HTMLParser
@@ -188,6 +191,18 @@ def test_quarto_would_find_its_settings():
     assert settings['metadata-files'] == ['nbdev.yml']
     named = [item['href'] if isinstance(item, dict) else item for item in re.findall(r'[\w/]+\.ipynb', str(settings))]
     assert named and not [name for name in named if not (ROOT/'nbs'/name).is_file()]
+
+
+def test_nbdevs_own_docs_command_gets_as_far_as_quarto(tmp_path):
+    for name in ('nbs', 'dpo_lab', 'pyproject.toml', 'settings.ini', 'README.md'):
+        copy = shutil.copytree if (ROOT/name).is_dir() else shutil.copy
+        copy(ROOT/name, tmp_path/name)
+    nbdev = Path(sys.executable).with_name('nbdev-proc-nbs')
+    done = subprocess.run([nbdev], cwd=tmp_path, env=os.environ | {'PYTHONPATH': str(tmp_path)}, capture_output=True,
+                          text=True)
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert len(list(tmp_path.glob('_proc/*.ipynb'))) == len(list((ROOT/'nbs').glob('*.ipynb')))
+
 
 
 # -- widgets without a kernel
