@@ -13,7 +13,7 @@ settings = config["DEFAULT"]
 
 def lines(key): return [line.strip() for line in settings.get(key, "").splitlines() if line.strip()]
 
-extras = {name: lines(f"{name}_requirements") for name in ("lab", "eval", "tracker", "dev")}
+extras = {name: lines(f"{name}_requirements") for name in ("lab", "search", "cluster", "eval", "tracker", "dev")}
 extras["dev"] = extras["lab"] + extras["dev"]
 
 class WithNotebooks(build_py):

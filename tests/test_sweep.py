@@ -5,6 +5,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -212,11 +213,36 @@ def test_leaving_the_loop_cancels_what_waits(tmp_path):
     assert executor.cancelled == 2
 
 
-def test_dask_workers_train_points(tmp_path):
+def test_dask_workers_train_points_and_one_is_killed_in_the_middle(tmp_path):
     distributed = pytest.importorskip('distributed', reason='dask.distributed is not installed')
-    with distributed.Client(n_workers=2, threads_per_worker=1, dashboard_address=None) as client:
-        result = sweep(short(tmp_path/'sweep'), client.get_executor(), seed=[0, 1])
-    assert result.table.status.tolist() == ['finished']*2
+    def begin(*words):
+        return subprocess.Popen([sys.executable, '-m', 'distributed.cli.' + words[0], *words[1:]], cwd=ROOT,
+                                stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    where = ['--scheduler-file', str(tmp_path/'scheduler.json')]
+    started = [begin('dask_scheduler', '--host', '127.0.0.1', '--port', '0', '--no-dashboard', *where)]
+    try:
+        wait_for((tmp_path/'scheduler.json').exists, started[0])
+        for name in ('first', 'second'):
+            words = ['--nthreads', '1', '--no-nanny', '--no-dashboard', '--name', name]
+            started.append(begin('dask_worker', *where, *words))
+        with distributed.Client(scheduler_file=where[1]) as client:
+            client.wait_for_workers(2, timeout=120)
+            config = short(tmp_path/'sweep', max_steps=40, num_epochs=9)
+            points = train_points(begin_sweep(config, dict(seed=[0, 1])), client.get_executor())
+            def kill():
+                begun = [tmp_path/'sweep'/f'seed={seed}'/'checkpoints'/'000002' for seed in (0, 1)]
+                while not all(path.exists() for path in begun): time.sleep(.02)
+                started[1].kill()
+            threading.Thread(target=kill, daemon=True).start()
+            for _ in points: pass
+            workers = [w['name'] for w in client.scheduler_info()['workers'].values()]
+        result = Sweep(tmp_path/'sweep')
+        assert workers == ['second'] and started[1].wait(10) == -signal.SIGKILL
+        assert result.table.status.tolist() == ['finished']*2
+        events = sorted(run.events.event.tolist() for run in result.runs.values())
+        assert events == [['started', 'finished'], ['started', 'resumed', 'finished']]
+    finally:
+        for process in started: process.kill(); process.wait()
 
 
 def test_submitit_jobs_train_points(tmp_path):
