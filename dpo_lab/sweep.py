@@ -7,7 +7,7 @@ __all__ = ['ROWS_DEPEND_ON', 'SHOWN', 'METRICS', 'OTHER_PAIRS', 'logspace', 'as_
            'point_configs', 'status', 'shared_rows', 'open_run', 'run_point', 'share_cores', 'processes', 'outcomes',
            'Sweep', 'sweep_table', 'with_interval', 'short_table', 'sweep_folder', 'begin_sweep', 'locked',
            'train_points', 'sweep', 'student', 'interval', 'delta_of', 'pair_values', 'Verdict', 'compare',
-           'train_command', 'folder_bytes', 'Probe', 'probe', 'point_seconds', 'estimate', 'SweepConfig',
+           'command_of', 'train_command', 'folder_bytes', 'Probe', 'probe', 'point_seconds', 'estimate', 'SweepConfig',
            'split_values', 'parse_sweep', 'human', 'plan_text', 'follow_points', 'show_sweep', 'main']
 
 # %% ../nbs/15_sweep.ipynb #8acd4710
@@ -496,7 +496,17 @@ def compare(
         'learned: accuracy compares across it.')
     return Verdict(metric, best, scores, len(values), len(settings[best].columns), caution)
 
-# %% ../nbs/15_sweep.ipynb #d0283552
+# %% ../nbs/15_sweep.ipynb #3125259d
+def command_of(
+    config: Config, # of the run
+    path: Path,     # its folder
+) -> str: # for a shell
+    "The command that trains a config."
+    fields = chz.chz_fields(Config)
+    asked = {n: getattr(config, n) for n, f in fields.items() if n not in OF_THIS_CALL}
+    words = [f'log_path={path}', *(f'{n}={v}' for n, v in asked.items() if v != fields[n]._default)]
+    return ' '.join(['python -m dpo_lab.train', *map(shlex.quote, words)])
+
 def train_command(
     sweep: Sweep,   # that it comes from
     setting: str,   # the name of a setting, such as `verdict().best`
@@ -505,10 +515,7 @@ def train_command(
     points = sweep.points
     name = next(n for n, p in points.items()
                 if (point_name({k: v for k, v in p.items() if k != 'seed'}) or 'as asked') == setting)
-    config, fields = chz.replace(sweep.config, **points[name]), chz.chz_fields(Config)
-    asked = {n: getattr(config, n) for n, f in fields.items() if n not in OF_THIS_CALL}
-    words = [f'log_path={sweep.path}-best', *(f'{n}={v}' for n, v in asked.items() if v != fields[n]._default)]
-    return ' '.join(['python -m dpo_lab.train', *map(shlex.quote, words)])
+    return command_of(chz.replace(sweep.config, **points[name]), Path(f'{sweep.path}-best'))
 
 # %% ../nbs/15_sweep.ipynb #55343080
 def folder_bytes(path: Path) -> int:
@@ -589,7 +596,7 @@ def estimate(
     return {'seconds': sum(times)/min(workers, len(left)), 'shared': cost.rows_seconds + reference,
             'bytes': len(left)*cost.bytes, 'measured': 'by a probe of 4 steps of the first point'}
 
-# %% ../nbs/15_sweep.ipynb #6af8a3d9
+# %% ../nbs/15_sweep.ipynb #260149ff
 @chz.chz
 class SweepConfig(Config):
     "A sweep: any field but the folder takes several values, with commas between them, or logspace(low,high,n)."
@@ -615,8 +622,9 @@ def split_values(
     return [value for part in parts for value in spelt(part)]
 
 def parse_sweep(
-    argv: list[str]|None, # `key=value` words; None: those of the command line
-) -> tuple[SweepConfig, dict[str, list]]: # what all points share, and the axes
+    argv: list[str]|None,   # `key=value` words; None: those of the command line
+    cls: type=SweepConfig,  # what the words are fields of
+) -> tuple[Any, dict[str, list]]: # what all points share, and the axes
     "What is asked on the command line; the last of equal keys wins."
     words = sys.argv[1:] if argv is None else argv
     last = {word.split('=', 1)[0]: word for word in words}
@@ -624,8 +632,8 @@ def parse_sweep(
     values = {key: split_values(word.partition('=')[2]) for key, word in last.items() if key in may_vary}
     axes = {key: several for key, several in values.items() if len(several) > 1}
     fixed = [word for key, word in last.items() if key not in axes]
-    typed = {k: [getattr(parse(SweepConfig, [*fixed, f'{k}={v}']), k) for v in vs] for k, vs in axes.items()}
-    return parse(SweepConfig, fixed), typed
+    typed = {k: [getattr(parse(cls, [*fixed, f'{k}={v}']), k) for v in vs] for k, vs in axes.items()}
+    return parse(cls, fixed), typed
 
 # %% ../nbs/15_sweep.ipynb #16ec8c60
 def human(seconds: float) -> str:
