@@ -8,7 +8,7 @@ import time
 import pytest
 
 from dpo_lab.runs import Run
-from dpo_lab.search import main, parse_search, run_search, search, spaces
+from dpo_lab.search import main, open_study, parse_search, run_search, search, spaces
 from dpo_lab.train import Config
 
 optuna = pytest.importorskip('optuna', reason='optuna is not installed')
@@ -38,28 +38,56 @@ def test_halving_stops_what_falls_behind_and_the_rows_say_so(tmp_path):
 
 def test_a_failed_trial_is_a_row_with_its_error(tmp_path):
     config = short(tmp_path/'s', max_steps=2)
-    t = search(config, trials=4, sampler=optuna.samplers.GridSampler({'learning_rate': [1e-4, 1e30]}),
-               pruner='none', learning_rate=[1e-4, 1e30]).table
+    t = search(config, trials=6, sampler=optuna.samplers.RandomSampler(seed=0), pruner='none',
+               learning_rate=[1e-4, 1e30]).table
+    assert len(t) == 6 and t.learning_rate.nunique() == 2
     failed = t[t.learning_rate == 1e30]
     assert {*failed.status} == {'failed'} and failed.error.str.contains('FloatingPointError').all()
     assert {*t[t.learning_rate == 1e-4].status} == {'finished'}
 
 
-def test_a_killed_search_continues_the_trial_it_was_at(tmp_path):
+def begun(tmp_path, *, output):
+    "A search in a process of its own, three steps into its first trial."
     words = [f'log_path={tmp_path}/s', 'trials=2', 'pruner=none', 'learning_rate=1e-5..1e-3', 'max_steps=40',
              'eval_every=20', 'infrequent_eval_every=0', 'save_every=1']
-    process = subprocess.Popen([sys.executable, '-m', 'dpo_lab.search', *words], stdout=subprocess.DEVNULL,
+    process = subprocess.Popen([sys.executable, '-m', 'dpo_lab.search', *words], stdout=output, text=True,
                                env={**os.environ, 'OMP_NUM_THREADS': '1'})
     deadline = time.monotonic() + 120
     while not [*tmp_path.glob('s/*/checkpoints/000003')]:
         assert process.poll() is None and time.monotonic() < deadline
         time.sleep(.02)
+    return process
+
+
+def test_a_killed_search_continues_the_trial_it_was_at(tmp_path):
+    process = begun(tmp_path, output=subprocess.DEVNULL)
     process.send_signal(signal.SIGKILL); process.wait()
     first = next(tmp_path.glob('s/learning_rate=*'))
     config = short(tmp_path/'s', max_steps=40, eval_every=20)
     t = search(config, trials=2, pruner='none', learning_rate=(1e-5, 1e-3)).table
     assert t.status.tolist() == ['finished']*2 and t.path[0] == str(first)
     assert [*Run(first).events.event] == ['started', 'resumed', 'finished']
+
+
+def test_ctrl_c_says_how_to_continue(tmp_path):
+    process = begun(tmp_path, output=subprocess.PIPE)
+    process.send_signal(signal.SIGINT)
+    said, _ = process.communicate(timeout=60)
+    assert process.returncode == 130
+    command = said.splitlines()[-1].split()
+    assert command[:4] == ['python', '-m', 'dpo_lab.search', f'log_path={tmp_path}/s'] and 'trials=2' in command
+    assert main(command[3:]) == 0
+    assert sorted(path.name for path in tmp_path.glob('s/learning_rate=*')) == sorted(
+        {f'learning_rate={t.params["learning_rate"]}' for t in open_study(tmp_path/'s', 'accuracy').trials})
+    assert len([*tmp_path.glob('s/learning_rate=*')]) == 2
+
+
+def test_a_dry_run_says_what_is_searched_and_leaves_nothing(tmp_path, capsys):
+    words = [f'log_path={tmp_path}/s', 'dry_run=true', 'trials=7', 'learning_rate=1e-6..1e-2', 'dpo_beta=0.05,0.1']
+    assert main(words) == 0
+    said = {line[:22].strip(): line[23:] for line in capsys.readouterr().out.splitlines()}
+    assert said['learning_rate'] == '1e-06 .. 0.01, log' and said['dpo_beta'] == '0.05, 0.1'
+    assert '7 to go' in said['trials'] and {'time', 'disk', 'measured'} <= {*said} and not (tmp_path/'s').exists()
 
 
 def test_ranges_and_choices():
@@ -88,6 +116,12 @@ def test_the_command_prints_a_line_for_each_trial_and_the_winner(tmp_path, capsy
     assert main([f'log_path={tmp_path}/s', 'trials=2', 'learning_rate=1e-5..1e-3', 'max_steps=2', 'eval_every=1']) == 0
     out = capsys.readouterr().out
     assert '[1/2] ' in out and '[2/2] ' in out and 'python -m dpo_lab.train log_path=' in out
+
+
+def test_a_grid_is_sent_to_sweep(tmp_path):
+    sampler = optuna.samplers.GridSampler({'learning_rate': [1e-4, 1e-3]})
+    with pytest.raises(ValueError, match='`sweep`'):
+        search(short(tmp_path/'s'), sampler=sampler, learning_rate=[1e-4, 1e-3])
 
 
 def test_no_optuna_is_an_error_that_says_what_to_install(monkeypatch, tmp_path):
