@@ -5,9 +5,10 @@
 # %% auto #0
 __all__ = ['MAY_DIFFER', 'lanes', 'stack_weights', 'Reader', 'Seat', 'Rounds', 'seated', 'walk', 'train_together']
 
-# %% ../nbs/16d_lockstep.ipynb #147194fd
+# %% ../nbs/16d_lockstep.ipynb #b00a2698
 import time
 import traceback
+import warnings
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -66,7 +67,7 @@ class Reader(nn.Module):
         self.model, self.layout = model, 'padded' if find_layout(model) == 'padded' else 'packed_logits'
     def forward(self, batch: PairBatch) -> Tensor: return TOKEN_LOGPS[self.layout](self.model, batch)
 
-# %% ../nbs/16d_lockstep.ipynb #47d9827d
+# %% ../nbs/16d_lockstep.ipynb #756359dd
 class Seat(DPOObjective):
     "The objective of one of several runs that train together."
     def sit(self, rounds: 'Rounds', place: int) -> 'Seat':
@@ -75,6 +76,9 @@ class Seat(DPOObjective):
 
     def __call__(self, model: nn.Module, batches: Sequence[PairBatch], step: int) -> tuple[dict, list[dict]]:
         return self.rounds.result(self.place, batches, step)
+
+# under vmap the in-place `addcmul_` of packed attention goes point by point; the values are the same
+warnings.filterwarnings('ignore', message='There is a performance drop.*addcmul_')
 
 class Rounds:
     "Gradients and updates of several runs, made for all of them at once."

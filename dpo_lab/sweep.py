@@ -161,13 +161,17 @@ def open_run(
     class Point(DPORun): load_rows = staticmethod(load)
     with _opening: return Point(config, lambda line: None)
 
-# %% ../nbs/15_sweep.ipynb #c6179efb
+# %% ../nbs/15_sweep.ipynb #0461535d
 def run_point(
-    config: Config, # of the point
-    stamp: str='',  # see `shared_rows`
+    config: Config,         # of the point
+    stamp: str='',          # see `shared_rows`
+    threads: int|None=None, # for PyTorch in this worker; None: as they are
 ) -> dict: # seconds, error (one line, or empty) and traceback
     "Train a point to its end, from its newest checkpoint if it has one."
     start, path = time.monotonic(), Path(config.log_path or '')
+    if threads:
+        import torch
+        torch.set_num_threads(threads)
     gc.collect()        # the model of the point before
     if path.exists() and not (path/'config.json').exists(): shutil.rmtree(path)     # killed before its first step
     error, trace = '', ''
@@ -194,19 +198,20 @@ def processes(
     cores = len(os.sched_getaffinity(0)) if hasattr(os, 'sched_getaffinity') else os.cpu_count() or 1
     return ProcessPoolExecutor(workers, get_context('spawn'), share_cores, (max(1, cores//workers),))
 
-# %% ../nbs/15_sweep.ipynb #791624c2
+# %% ../nbs/15_sweep.ipynb #410e98fe
 def outcomes(
     jobs: dict[str, Config],    # name -> the config of the point
     executor: Any=None,         # with `submit`; None: here, one after another
+    threads: int|None=None,     # for each point; None: what its worker has
 ) -> Iterator[tuple[str, dict]]: # name, and what `run_point` gives
     "Points as they end, in whatever order."
     stamp = uuid.uuid4().hex
     if executor is None:
         try:
-            for name, config in jobs.items(): yield name, run_point(config, stamp)
+            for name, config in jobs.items(): yield name, run_point(config, stamp, threads)
         finally: _rows.clear()
         return
-    waiting = {name: executor.submit(run_point, config, stamp) for name, config in jobs.items()}
+    waiting = {name: executor.submit(run_point, config, stamp, threads) for name, config in jobs.items()}
     try:
         while waiting:
             for name in [name for name, future in waiting.items() if future.done()]:
@@ -330,7 +335,7 @@ def begin_sweep(
     write_json(path/'sweep.json', {'config': chz.asdict(config), 'axes': axes, 'samples': samples})
     return Sweep(path)
 
-# %% ../nbs/15_sweep.ipynb #5a7d453b
+# %% ../nbs/15_sweep.ipynb #3164a5a8
 @contextmanager
 def locked(
     sweep: Sweep, # laid out
@@ -344,13 +349,15 @@ def locked(
     finally: lock.release()
 
 def train_points(
-    sweep: Sweep,       # laid out
-    executor: Any=None, # with `submit`; None: here
+    sweep: Sweep,           # laid out
+    executor: Any=None,     # with `submit`; None: here
+    threads: int|None=None, # for each point; None: what its worker has
 ) -> Iterator[tuple[str, dict]]: # name, and what `run_point` gives
     "Train what is not finished, a point at a time; the caller owns the loop."
+    if threads is not None and threads < 1: raise ValueError(f"threads={threads}: must be at least 1")
     jobs = {name: c for name, c in sweep.configs.items() if status(c) != 'finished'}
     with locked(sweep):
-        for name, outcome in outcomes(jobs, executor):
+        for name, outcome in outcomes(jobs, executor, threads):
             append_jsonl(sweep.path/'points.jsonl', [{'point': name, **outcome}])
             yield name, outcome
 
@@ -358,11 +365,12 @@ def sweep(
     config: Config,             # what all points share; its `log_path` is the sweep folder
     executor: Any=None,         # anything with the `submit` of `concurrent.futures`; None: here, one after another
     samples: int|None=None,     # this many random settings of the grid; None: all
+    threads: int|None=None,     # for each point; None: what its worker has
     **axes,                     # field -> the values it takes
 ) -> Sweep:
     "Train every point of a grid, and give the folder that holds them."
     result = begin_sweep(config, axes, samples)
-    for _ in train_points(result, executor): pass
+    for _ in train_points(result, executor, threads): pass
     return result
 
 # %% ../nbs/15_sweep.ipynb #dc8018d9
@@ -667,7 +675,7 @@ def plan_text(
               f'{"measured":22} {cost["measured"]}']
     return '\n'.join(lines)
 
-# %% ../nbs/15_sweep.ipynb #f719cec3
+# %% ../nbs/15_sweep.ipynb #b58a5205
 def follow_points(
     sweep: Sweep,       # laid out
     executor: Any,      # with `submit`, or None
@@ -695,10 +703,13 @@ def show_sweep(
     from rich.table import Table
     shown = short_table(sweep.table, list(sweep.axes))
     table = Table(title=f'Held-out pairs, {sweep.path}', title_justify='left')
-    kept = [c for c in shown if c != 'error' or any(shown.error)]
+    wide = console.width >= 130
+    kept = [c for c in shown if c != 'error' and (wide or c.removeprefix('test/') not in SHOWN[2:])]
     for column in kept: table.add_column(column.removeprefix('test/'))
     for row in shown[kept].itertuples(index=False): table.add_row(*(escape(str(v)) for v in row))
     console.print(table)
+    for name, error in zip(sweep.points, shown.error):
+        if error: console.print(f'failed: {name}  {error.splitlines()[0]}', markup=False, soft_wrap=True)
     verdict = sweep.verdict(metric)
     console.print(f'{verdict}\n\nTrain it with\n  {train_command(sweep, verdict.best)}', markup=False, soft_wrap=True)
 

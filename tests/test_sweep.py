@@ -13,12 +13,13 @@ from pathlib import Path
 import chz
 import numpy as np
 import pytest
+import torch
 
 import dpo_lab.batches
 import dpo_lab.reference
 from dpo_lab.runs import Run, append_jsonl, read_jsonl, write_json
-from dpo_lab.sweep import (Sweep, begin_sweep, estimate, interval, main, plan_text, point_name, processes, sweep,
-                           train_points)
+from dpo_lab.sweep import (Sweep, begin_sweep, estimate, interval, main, plan_text, point_name, processes, run_point,
+                           sweep, train_points)
 from dpo_lab.train import Config, parse, run_dpo
 
 ROOT = Path(__file__).parent.parent
@@ -213,6 +214,15 @@ def test_leaving_the_loop_cancels_what_waits(tmp_path):
     assert executor.cancelled == 2
 
 
+def threads_of_a_worker(tmp_path):
+    "For a worker: the threads after a point that fails before it has a model, since a tiny model takes one thread."
+    config = short(tmp_path/'one', model_name=str(tmp_path/'none'))
+    def ask():
+        assert run_point(config, threads=3)['error']
+        return torch.get_num_threads()
+    return ask
+
+
 def test_dask_workers_train_points_and_one_is_killed_in_the_middle(tmp_path):
     distributed = pytest.importorskip('distributed', reason='dask.distributed is not installed')
     def begin(*words):
@@ -228,13 +238,14 @@ def test_dask_workers_train_points_and_one_is_killed_in_the_middle(tmp_path):
         with distributed.Client(scheduler_file=where[1]) as client:
             client.wait_for_workers(2, timeout=120)
             config = short(tmp_path/'sweep', max_steps=40, num_epochs=9)
-            points = train_points(begin_sweep(config, dict(seed=[0, 1])), client.get_executor())
+            points = train_points(begin_sweep(config, dict(seed=[0, 1])), client.get_executor(), threads=3)
             def kill():
                 begun = [tmp_path/'sweep'/f'seed={seed}'/'checkpoints'/'000002' for seed in (0, 1)]
                 while not all(path.exists() for path in begun): time.sleep(.02)
                 started[1].kill()
             threading.Thread(target=kill, daemon=True).start()
             for _ in points: pass
+            assert client.submit(threads_of_a_worker(tmp_path)).result() == 3
             workers = [w['name'] for w in client.scheduler_info()['workers'].values()]
         result = Sweep(tmp_path/'sweep')
         assert workers == ['second'] and started[1].wait(10) == -signal.SIGKILL
@@ -250,6 +261,7 @@ def test_submitit_jobs_train_points(tmp_path):
     executor = submitit.LocalExecutor(tmp_path/'jobs')
     executor.update_parameters(timeout_min=5)
     assert sweep(short(tmp_path/'sweep'), executor, seed=[0, 1]).table.status.tolist() == ['finished']*2
+    assert executor.submit(threads_of_a_worker(tmp_path)).result() == 3
 
 
 MISTAKES = {
