@@ -232,6 +232,7 @@ def point(
     bands = {n: [brief(v) for v in values] for n, values in spread(records).items() if not any(map(math.isnan, values))}
     return [step, kept, bands]
 
+# %% ../nbs/14_diagnostics.ipynb #808412b2
 class RunFeed:
     "Points, events, checkpoints and samples of a run folder, as they are written."
     def __init__(self,
@@ -277,6 +278,7 @@ class RunFeed:
                                    'ended': s['ended']} for s in last]
         return self.sampled[1]
 
+# %% ../nbs/14_diagnostics.ipynb #fd1f38be
 def event_text(
     event: dict, # a line of `events.jsonl`
 ) -> str:

@@ -8,7 +8,6 @@ __all__ = ['MAY_DIFFER', 'lanes', 'stack_weights', 'Reader', 'Seat', 'Rounds', '
 # %% ../nbs/16d_lockstep.ipynb #b00a2698
 import time
 import traceback
-import warnings
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -76,9 +75,6 @@ class Seat(DPOObjective):
 
     def __call__(self, model: nn.Module, batches: Sequence[PairBatch], step: int) -> tuple[dict, list[dict]]:
         return self.rounds.result(self.place, batches, step)
-
-# under vmap the in-place `addcmul_` of packed attention goes point by point; the values are the same
-warnings.filterwarnings('ignore', message='There is a performance drop.*addcmul_')
 
 class Rounds:
     "Gradients and updates of several runs, made for all of them at once."

@@ -184,7 +184,7 @@ class _PackedAttention(torch.autograd.Function):
             scores.view(K, n, -1, L, L).masked_fill_(hidden.squeeze(1), -torch.inf)
             weights = scores.softmax(-1, dtype=torch.promote_types(scores.dtype, torch.float32)).to(v.dtype)
             out.append(weights @ v)
-            kept += [q, k, v, weights]
+            kept += [q, k, v, weights, out[-1]]
         return _whole(out, plan, K).transpose(0, 1).index_select(0, plan.back), *kept
 
     @staticmethod
@@ -200,9 +200,8 @@ class _PackedAttention(torch.autograd.Function):
         grad = grad.transpose(0, 1).index_select(1, plan.places)
         if plan.padding is not None: grad.masked_fill_(plan.padding, 0.)
         kept = iter(ctx.saved_tensors)
-        for g, q, k, v, weights in zip(_groups(grad, plan, K), *[kept]*4):
-            d = (g @ v.mT).mul_(weights)
-            d.addcmul_(weights, d.sum(-1, keepdim=True), value=-1)
+        for g, q, k, v, weights, o in zip(_groups(grad, plan, K), *[kept]*5):
+            d = (g @ v.mT).sub_((g * o).sum(-1, keepdim=True)).mul_(weights)
             found.append((torch.baddbmm(q.new_zeros(1, 1, 1), d, k, beta=0, alpha=ctx.scaling),
                           torch.baddbmm(q.new_zeros(1, 1, 1), d.mT, q, beta=0, alpha=ctx.scaling), weights.mT @ g))
         return *(_whole(list(gs), plan, K).index_select(1, plan.back) for gs in zip(*found)), None, None

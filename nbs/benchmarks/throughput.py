@@ -205,9 +205,9 @@ def search(c):
     for attention in c.attentions.split(','):
         for micro in map(int, c.micro_batches.split(',')):
             peer = Peer(c, c.model(), micro, attention)
-            rows = peer.refer(c.others)
+            rows = peer.refer(c.others[:max(4, micro)])
             name = f'{attention}, {micro}'
-            tried[name] = min(step_seconds(peer, rows) for _ in range(3)) / len(rows)
+            tried[name] = min(step_seconds(peer, rows) for _ in range(2)) / len(rows)
             del peer
             gc.collect()            # a trainer holds itself
             print(f'  TRL with attention and micro-batch {name}: {tried[name]:.3f} s a pair')
