@@ -143,6 +143,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                'dpo_lab.evals.paired': ('evals.html#paired', 'dpo_lab/evals.py'),
                                'dpo_lab.evals.rows_of': ('evals.html#rows_of', 'dpo_lab/evals.py'),
                                'dpo_lab.evals.sampled_kl': ('evals.html#sampled_kl', 'dpo_lab/evals.py'),
+                               'dpo_lab.evals.score_interval': ('evals.html#score_interval', 'dpo_lab/evals.py'),
                                'dpo_lab.evals.win_rate': ('evals.html#win_rate', 'dpo_lab/evals.py'),
                                'dpo_lab.evals.wins': ('evals.html#wins', 'dpo_lab/evals.py')},
             'dpo_lab.finder': { 'dpo_lab.finder.FinderConfig': ('finder.html#finderconfig', 'dpo_lab/finder.py'),

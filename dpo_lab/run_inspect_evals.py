@@ -106,13 +106,13 @@ def log_facts(
     log: Any,   # of inspect
 ) -> dict:      # JSON-able
     "What came of a task: every metric of every scorer, with counts."
-    from dpo_lab.evals import grouped_interval
+    from dpo_lab.evals import score_interval
     samples, prompts = log.samples or [], sample_prompts(log)
     failed = [s for s in samples if s.error]
     means = {}
     for name, values in sample_values(log).items():
         if not values: continue
-        mean, low, high = grouped_interval([*values.values()], [prompts[i] for i, _ in values])
+        mean, low, high = score_interval([*values.values()], [prompts[i] for i, _ in values])
         means[name] = dict(mean=mean, low=low, high=high, n=len(values))
     reported = {s.name: {k: m.value for k, m in s.metrics.items()} for s in (log.results.scores if log.results else [])}
     reasons = Counter(s.output.stop_reason for s in samples if not s.error and s.output.choices)

@@ -10,6 +10,7 @@ __all__ = ['TALKS', 'DEFAULTS', 'TINY_DEFAULTS', 'chosen_only', 'Conversations',
 
 # %% ../nbs/10_sft.ipynb #56db12f7
 import math
+import shlex
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields, replace
@@ -349,8 +350,10 @@ def next_steps(
     config: SFTConfig,  # of the run
 ) -> str:
     "What to try next."
-    start = f'load_checkpoint_path={path}/final model_name={config.model_name} dataset={config.dataset}'
-    again = f'log_path={path} behavior_if_log_dir_exists=resume num_epochs={2*(config.num_epochs or 1)}'
+    pairs = config.dataset if config.dataset in DATASETS else 'pairs.jsonl'     # a file of conversations has no pairs
+    start = shlex.join([f'load_checkpoint_path={path}/final', f'model_name={config.model_name}', f'dataset={pairs}'])
+    again = shlex.join([f'log_path={path}', 'behavior_if_log_dir_exists=resume',
+                        f'num_epochs={2*(config.num_epochs or 1)}'])
     ideas = {'prefer: DPO from here, with this as its reference': f'python -m dpo_lab.train {start}',
              'train this run further': f'python -m dpo_lab.sft {again}',
              'every setting': 'python -m dpo_lab.sft --help', 'open the notebooks': 'dpo_lab lab'}
