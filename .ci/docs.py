@@ -265,7 +265,7 @@ def find_pages():
     links = {name: f'api/{module}.html#{name}' for module in reversed(chapters)
              for name, entry in public(ROOT/'dpo_lab'/f'{module}.py')[1].items()} | chapters
     def group(path):
-        if path.parent.name == 'tutorials': return 'Tutorials'
+        if path.parent.name in ('tutorials', 'benchmarks'): return 'Tutorials'
         return 'Chapters' if path.stem[0].isdigit() else ''
     pages = [notebook_page(p, str(p.relative_to(ROOT/'nbs').with_suffix('.html')), group(p), links) for p in notebooks]
     story = (ROOT/'nbs'/'index.ipynb').read_text(encoding='utf-8')

@@ -252,7 +252,7 @@ def main(c):
     tuned = chz.replace(c, micro_batches=str(best['micro']), attentions=best['attention'])
     result = {
         'asked': {k: v for k, v in chz.asdict(c).items() if k not in ('out', 'contestant', 'dataset_path')}
-                 | {'model_name': Path(c.model_name).name},
+                 | {'model_name': Path(c.model_name).name, 'dataset': Path(c.dataset).name},
         'machine': machine(products), 'timed_pairs': c.batch_size * len(steps['dpo_lab']),
         'tokens': {'unique': sum(r.num_tokens for r in place.rows), 'padded': padded,
                    'scored': sum(sizes_of(place.rows)), 'prompt_share': prompt_share(place.rows)},
