@@ -112,9 +112,9 @@ def score_interval(
     values: Any,        # a score for each sample
     groups: Sequence,   # of each: what samples of one group share is counted once
 ) -> tuple[float, float, float]: # mean, low, high
-    "Mean of scores with a 95 % interval: Wilson's for independent yes and no, inside [0, 1] for any share."
+    "Mean of scores with a 95 % interval: Wilson's for yes and no, inside [0, 1] for any share."
     mean, low, high = grouped_interval(values, groups)
-    if {*map(float, values)} <= {0., 1.} and len({*groups}) == len(groups): return mean, *wilson(mean, len(groups))
+    if {*map(float, values)} <= {0., 1.}: return mean, *wilson(mean, independent(values, groups))
     return (mean, max(low, 0.), min(high, 1.)) if all(0 <= v <= 1 for v in values) else (mean, low, high)
 
 def independent(

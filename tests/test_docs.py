@@ -218,11 +218,9 @@ export default { render({ model, el }) {
 } }'''
 
 
-@pytest.fixture(scope='session')
+@pytest.fixture(scope='module')         # its event loop must be gone when tests elsewhere start theirs
 def browser():
     sync_api = pytest.importorskip('playwright.sync_api', reason='needs playwright: pip install playwright')
-    import os
-    import shutil
     path = os.environ.get('CHROMIUM') or shutil.which('chromium') or shutil.which('google-chrome')
     with sync_api.sync_playwright() as p:
         flags = ['--no-sandbox', '--disable-gpu', '--disable-background-networking']
@@ -298,7 +296,7 @@ def test_the_beta_slider_of_the_docs_moves(browser, site, pages):
         page.goto((site/url).as_uri())
         page.wait_for_timeout(500)
         for slider in page.locator('.widget input[type=range]:visible').all()[:1]:
-            widget = slider.locator('xpath=ancestor::div[@class="widget"]').last
+            widget = slider.locator('xpath=ancestor::*[@class="widget"]').last
             before, value = widget.screenshot(), slider.input_value()
             low = slider.evaluate('e => e.value - (e.min || 0) < .6*((e.max || 100) - (e.min || 0))')
             drag(page, slider, .9 if low else .1)
@@ -312,14 +310,14 @@ def test_the_beta_slider_of_the_docs_moves(browser, site, pages):
 def test_search_finds_a_name_and_theme_turns(browser, site):
     page = browser.new_page(color_scheme='light')
     page.goto((site/'index.html').as_uri())
-    page.fill('#search', 'dpo_loss')
-    page.wait_for_selector('#found a')
-    assert page.locator('#found a').first.get_attribute('href') == 'api/losses.html#dpo_loss'
+    page.fill('#site-search', 'dpo_loss')
+    page.wait_for_selector('#site-found a')
+    assert page.locator('#site-found a').first.get_attribute('href') == 'api/losses.html#dpo_loss'
     page.keyboard.press('Enter')
     page.wait_for_url('**/api/losses.html#dpo_loss')
     paper = 'getComputedStyle(document.body).backgroundColor'
     light = page.evaluate(paper)
-    page.click('#theme')
+    page.click('#site-theme')
     assert page.evaluate(paper) != light
     page.reload()
     assert page.evaluate(paper) != light                # it is remembered
@@ -330,7 +328,7 @@ def test_pages_fit_a_phone(browser, site):
     for url in ('index.html', '00_losses.html', 'api/train.html', 'tutorials/dpo_from_scratch.html'):
         page.goto((site/url).as_uri())
         assert page.evaluate('document.documentElement.scrollWidth') <= 390, url
-    page.click('#open-menu')
+    page.click('#site-open-menu')
     assert page.get_by_role('link', name='The story').is_visible()
 
 

@@ -26,6 +26,7 @@ from dpo_lab.models import generate_texts, tiny_model
 from dpo_lab.renderers import get_renderer
 from dpo_lab.run_inspect_evals import InspectConfig, differences, log_facts, main, run_inspect_evals
 from dpo_lab.toy import prompts, toy_reward
+from dpo_lab.training import wilson
 
 ROOT = Path(__file__).parent.parent
 
@@ -114,7 +115,7 @@ def test_a_failed_sample_is_counted_and_in_no_mean(model, tmp_path):
     log = run(Task(dataset=samples, solver=generate(), scorer=includes()), model, tmp_path)
     facts = log_facts(log)
     assert facts['samples'] == 4 and facts['failed'] == 1 and 'positions' in facts['failures'][0]
-    assert facts['scores']['includes'] == pytest.approx(dict(mean=1., low=1., high=1., n=3))
+    assert facts['scores']['includes'] == pytest.approx(dict(mean=1., low=wilson(1., 3)[0], high=1., n=3))
 
 
 def test_what_cannot_be_followed_is_refused(model):

@@ -237,11 +237,11 @@ def test_dask_workers_train_points_and_one_is_killed_in_the_middle(tmp_path):
             started.append(begin('dask_worker', *where, *words))
         with distributed.Client(scheduler_file=where[1]) as client:
             client.wait_for_workers(2, timeout=120)
-            config = short(tmp_path/'sweep', max_steps=40, num_epochs=9)
+            config = short(tmp_path/'sweep', max_steps=80, num_epochs=9)
             points = train_points(begin_sweep(config, dict(seed=[0, 1])), client.get_executor(), threads=3)
             def kill():
-                begun = [tmp_path/'sweep'/f'seed={seed}'/'checkpoints'/'000002' for seed in (0, 1)]
-                while not all(path.exists() for path in begun): time.sleep(.02)
+                saved = [tmp_path/'sweep'/f'seed={seed}'/'checkpoints' for seed in (0, 1)]     # the first do not stay
+                while not all([*path.glob('0*')] for path in saved): time.sleep(.02)
                 started[1].kill()
             threading.Thread(target=kill, daemon=True).start()
             for _ in points: pass

@@ -1,17 +1,17 @@
 // search, light and dark, the menu on small screens, copy buttons
 const root = document.documentElement, byId = id => document.getElementById(id)
 
-byId('theme').onclick = () => {
+byId('site-theme').onclick = () => {
   root.dataset.theme = root.dataset.theme === 'dark' ? 'light' : 'dark'
   localStorage.setItem('theme', root.dataset.theme)
 }
 
-byId('open-menu').onclick = event => {
+byId('site-open-menu').onclick = event => {
   const open = document.body.classList.toggle('menu-open')
   event.currentTarget.setAttribute('aria-expanded', open)
 }
 
-byId('menu').querySelector('[aria-current]')?.scrollIntoView({block: 'center'})
+byId('site-menu').querySelector('[aria-current]')?.scrollIntoView({block: 'center'})
 
 for (const block of document.querySelectorAll('main .code:not(.source)')) {
   const button = document.createElement('button')
@@ -30,7 +30,7 @@ for (const block of document.querySelectorAll('main .code:not(.source)')) {
   block.append(button)
 }
 
-const box = byId('search'), found = byId('found')
+const box = byId('site-search'), found = byId('site-found')
 let index, chosen = 0
 
 function load() {
@@ -95,5 +95,5 @@ document.addEventListener('keydown', event => {
 })
 document.addEventListener('click', event => {
   if (!event.target.closest('.search')) found.hidden = true
-  if (event.target.closest('#menu a') || event.target.closest('main')) document.body.classList.remove('menu-open')
+  if (event.target.closest('#site-menu a') || event.target.closest('main')) document.body.classList.remove('menu-open')
 })
