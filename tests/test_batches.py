@@ -52,6 +52,21 @@ def test_every_epoch_sees_every_pair_once_in_another_order():
     assert [sorted(e) for e in epochs] == [list(range(37))]*2 and epochs[0] != epochs[1]
 
 
+def test_every_pair_is_as_likely_at_every_step_and_beside_every_other():
+    rows, seeds = random_rows(8), 4000
+    place, beside = torch.zeros(8, 4), torch.zeros(8, 8)
+    for seed in range(seeds):
+        for step in range(4):
+            a, b = (r.index for r in rows_of_step(rows, step, 2, seed))
+            place[[a, b], step] += 1
+            beside[a, b] += 1
+            beside[b, a] += 1
+    for counts, chance, cells in ((place, 1/4, 32), (beside[~torch.eye(8, dtype=bool)], 1/7, 56)):
+        expected = seeds*chance
+        spread = ((counts - expected)**2/(expected*(1 - chance))).sum().item()     # about chi-square
+        assert spread < cells + 4*(2*cells)**.5, 'an order that depends on the pair'
+
+
 def test_pair_columns_reach_the_batch():
     batch = collate([row(2, 1, 1, weight=2., soft_label=.7, offset=1.),
                      row(2, 1, 1, weight=1., soft_label=1., offset=0.)])
