@@ -4,7 +4,8 @@
 
 # %% auto #0
 __all__ = ['Subject', 'as_subject', 'held_out', 'rows_of', 'evaluate', 'grouped_interval', 'score_interval', 'independent',
-           'pair_values', 'paired', 'compare', 'wins', 'length_controlled', 'win_rate', 'sampled_kl']
+           'difference_interval', 'pair_values', 'paired', 'compare', 'wins', 'length_controlled', 'win_rate',
+           'sampled_kl']
 
 # %% ../nbs/13_evals.ipynb #95a2208f
 import json
@@ -13,6 +14,7 @@ from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from statistics import fmean
 from typing import Any
 
 from .batches import PairRow, encode_pairs, pack
@@ -126,6 +128,20 @@ def independent(
     fewest = len({*groups})     # the design effect: how much wider the interval is for what is shared
     return min(len(won), max(fewest, int(len(won)*(alone/together)**2))) if 0 < together < math.inf else fewest
 
+# %% ../nbs/13_evals.ipynb #3c9a6e73
+def difference_interval(
+    base: Sequence[float],  # a score for each sample
+    tuned: Sequence[float], # of the same samples
+    groups: Sequence,       # of each: what samples of one group share is counted once
+) -> tuple[float, float, float]: # mean of tuned minus base, low, high
+    "Mean difference with a 95 % interval: Agresti and Min's for yes and no."
+    gaps = [float(b) - float(a) for a, b in zip(base, tuned, strict=True)]
+    mean, low, high = grouped_interval(gaps, groups)
+    if not {*map(float, [*base, *tuned])} <= {0., .5, 1.}: return mean, low, high
+    n, square = independent(gaps, groups), sum(g*g for g in gaps)/len(gaps)
+    middle, half = mean*n/(n + 2), 1.96*math.sqrt(square*n + 1 - (mean*n)**2/(n + 2))/(n + 2)
+    return mean, max(-1., middle - half), min(1., middle + half)
+
 # %% ../nbs/13_evals.ipynb #bfd1877f
 def pair_values(
     records: Sequence[dict],    # of an evaluation
@@ -144,12 +160,10 @@ def paired(
     groups: Sequence|None=None, # the prompt of each; None: each stands alone
 ) -> dict[str, float]:          # base, tuned, difference, low, high, n
     "Two means, and their difference with its interval."
-    import torch
     if len(base) != len(tuned): raise ValueError(f"{len(base)} samples of one and {len(tuned)} of the other: pair them")
     if not len(base): raise ValueError("there is nothing to compare: no sample has both values")
-    a, b = (torch.tensor(list(map(float, x)), dtype=torch.float64) for x in (base, tuned))
-    difference, low, high = grouped_interval(b - a, range(len(a)) if groups is None else groups)
-    return dict(base=a.mean().item(), tuned=b.mean().item(), difference=difference, low=low, high=high, n=len(a))
+    difference, low, high = difference_interval(base, tuned, range(len(base)) if groups is None else groups)
+    return dict(base=fmean(base), tuned=fmean(tuned), difference=difference, low=low, high=high, n=len(base))
 
 def compare(
     base: Any,                  # the kinds that `evaluate` takes
