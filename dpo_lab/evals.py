@@ -133,11 +133,13 @@ def difference_interval(
     base: Sequence[float],  # a score for each sample
     tuned: Sequence[float], # of the same samples
     groups: Sequence,       # of each: what samples of one group share is counted once
+    right: bool|None=None,  # are they right or wrong? None: if they look like it
 ) -> tuple[float, float, float]: # mean of tuned minus base, low, high
     "Mean difference with a 95 % interval: Agresti and Min's for yes and no."
     gaps = [float(b) - float(a) for a, b in zip(base, tuned, strict=True)]
     mean, low, high = grouped_interval(gaps, groups)
-    if not {*map(float, [*base, *tuned])} <= {0., .5, 1.}: return mean, low, high
+    if right is None: right = {*map(float, [*base, *tuned])} <= {0., .5, 1.}
+    if not right: return mean, low, high
     n, square = independent(gaps, groups), sum(g*g for g in gaps)/len(gaps)
     middle, half = mean*n/(n + 2), 1.96*math.sqrt(square*n + 1 - (mean*n)**2/(n + 2))/(n + 2)
     return mean, max(-1., middle - half), min(1., middle + half)
@@ -158,11 +160,12 @@ def paired(
     base: Sequence[float],      # a number for each sample
     tuned: Sequence[float],     # the same samples
     groups: Sequence|None=None, # the prompt of each; None: each stands alone
+    right: bool|None=None,      # are they right or wrong? None: if they look like it
 ) -> dict[str, float]:          # base, tuned, difference, low, high, n
     "Two means, and their difference with its interval."
     if len(base) != len(tuned): raise ValueError(f"{len(base)} samples of one and {len(tuned)} of the other: pair them")
     if not len(base): raise ValueError("there is nothing to compare: no sample has both values")
-    difference, low, high = difference_interval(base, tuned, range(len(base)) if groups is None else groups)
+    difference, low, high = difference_interval(base, tuned, range(len(base)) if groups is None else groups, right)
     return dict(base=fmean(base), tuned=fmean(tuned), difference=difference, low=low, high=high, n=len(base))
 
 def compare(
@@ -184,7 +187,7 @@ def compare(
     records = [evaluate(s, pairs, against, beta, **more).pairs for s in (one, other)]
     asked = [json.dumps(pairs[r['pair']].prompt) for r in records[0]]
     before, after = (pair_values(r, beta) for r in records)
-    return pd.DataFrame({name: paired(before[name], after[name], asked) for name in before}).T
+    return pd.DataFrame({m: paired(before[m], after[m], asked, m == 'accuracy') for m in before}).T
 
 # %% ../nbs/13_evals.ipynb #13929bcf
 def wins(
