@@ -959,7 +959,7 @@ def cli(
     import importlib
     import importlib.util
     words = sys.argv[1:] if argv is None else argv
-    known = ('train', 'sft', 'sweep', 'finder', 'onpolicy', 'run_inspect_evals')
+    known = ('train', 'sft', 'sweep', 'search', 'finder', 'onpolicy', 'run_inspect_evals')
     commands = [name for name in known if importlib.util.find_spec(f'dpo_lab.{name}')] + ['lab']
     if not words or words[0] in ('-h', '--help'):
         print('usage: dpo_lab COMMAND key=value ...\ncommands:', ', '.join(commands))
