@@ -4,7 +4,8 @@
 
 # %% auto #0
 __all__ = ['Subject', 'as_subject', 'held_out', 'rows_of', 'evaluate', 'grouped_interval', 'score_interval', 'independent',
-           'pair_values', 'paired', 'compare', 'wins', 'length_controlled', 'win_rate', 'sampled_kl']
+           'difference_interval', 'pair_values', 'paired', 'compare', 'wins', 'length_controlled', 'win_rate',
+           'sampled_kl']
 
 # %% ../nbs/13_evals.ipynb #95a2208f
 import json
@@ -13,6 +14,7 @@ from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from statistics import fmean
 from typing import Any
 
 from .batches import PairRow, encode_pairs, pack
@@ -126,6 +128,22 @@ def independent(
     fewest = len({*groups})     # the design effect: how much wider the interval is for what is shared
     return min(len(won), max(fewest, int(len(won)*(alone/together)**2))) if 0 < together < math.inf else fewest
 
+# %% ../nbs/13_evals.ipynb #3c9a6e73
+def difference_interval(
+    base: Sequence[float],  # a score for each sample
+    tuned: Sequence[float], # of the same samples
+    groups: Sequence,       # of each: what samples of one group share is counted once
+    right: bool|None=None,  # are they right or wrong? None: if they look like it
+) -> tuple[float, float, float]: # mean of tuned minus base, low, high
+    "Mean difference with a 95 % interval: Agresti and Min's for yes and no."
+    gaps = [float(b) - float(a) for a, b in zip(base, tuned, strict=True)]
+    mean, low, high = grouped_interval(gaps, groups)
+    if right is None: right = {*map(float, [*base, *tuned])} <= {0., .5, 1.}
+    if not right: return mean, low, high
+    n, square = independent(gaps, groups), sum(g*g for g in gaps)/len(gaps)
+    middle, half = mean*n/(n + 2), 1.96*math.sqrt(square*n + 1 - (mean*n)**2/(n + 2))/(n + 2)
+    return mean, max(-1., middle - half), min(1., middle + half)
+
 # %% ../nbs/13_evals.ipynb #bfd1877f
 def pair_values(
     records: Sequence[dict],    # of an evaluation
@@ -142,14 +160,13 @@ def paired(
     base: Sequence[float],      # a number for each sample
     tuned: Sequence[float],     # the same samples
     groups: Sequence|None=None, # the prompt of each; None: each stands alone
+    right: bool|None=None,      # are they right or wrong? None: if they look like it
 ) -> dict[str, float]:          # base, tuned, difference, low, high, n
     "Two means, and their difference with its interval."
-    import torch
     if len(base) != len(tuned): raise ValueError(f"{len(base)} samples of one and {len(tuned)} of the other: pair them")
     if not len(base): raise ValueError("there is nothing to compare: no sample has both values")
-    a, b = (torch.tensor(list(map(float, x)), dtype=torch.float64) for x in (base, tuned))
-    difference, low, high = grouped_interval(b - a, range(len(a)) if groups is None else groups)
-    return dict(base=a.mean().item(), tuned=b.mean().item(), difference=difference, low=low, high=high, n=len(a))
+    difference, low, high = difference_interval(base, tuned, range(len(base)) if groups is None else groups, right)
+    return dict(base=fmean(base), tuned=fmean(tuned), difference=difference, low=low, high=high, n=len(base))
 
 def compare(
     base: Any,                  # the kinds that `evaluate` takes
@@ -170,7 +187,7 @@ def compare(
     records = [evaluate(s, pairs, against, beta, **more).pairs for s in (one, other)]
     asked = [json.dumps(pairs[r['pair']].prompt) for r in records[0]]
     before, after = (pair_values(r, beta) for r in records)
-    return pd.DataFrame({name: paired(before[name], after[name], asked) for name in before}).T
+    return pd.DataFrame({m: paired(before[m], after[m], asked, m == 'accuracy') for m in before}).T
 
 # %% ../nbs/13_evals.ipynb #13929bcf
 def wins(

@@ -272,8 +272,10 @@ def load_policy(
     model = load_weights(start['weights'], dtype, trust_remote_code)
     tokenizer = load_tokenizer(start['tokenizer'], trust_remote_code)
     check_fit(model, tokenizer)
-    if start['adapter']: model = start_from_adapter(model, start['adapter'], lora_rank, lora_alpha)
-    elif lora_rank: model = add_lora(model, lora_rank, lora_alpha, seed)
+    with warnings.catch_warnings():     # peft asks transformers by an older name
+        warnings.filterwarnings('ignore', '.*is_gradient_checkpointing', FutureWarning)
+        if start['adapter']: model = start_from_adapter(model, start['adapter'], lora_rank, lora_alpha)
+        elif lora_rank: model = add_lora(model, lora_rank, lora_alpha, seed)
     make_steady(model)
     if gradient_checkpointing: save_memory(model)
     return model.to(where).eval(), tokenizer

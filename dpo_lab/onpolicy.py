@@ -7,7 +7,8 @@ __all__ = ['QUESTION', 'PASSING', 'LONGEST_PAUSE', 'JUDGES', 'PAIRINGS', 'MAY_CH
            'question', 'Compares', 'local_judge', 'letter_odds', 'reward_judge', 'asked_pause', 'post',
            'chat_completion', 'letter_chance', 'Endpoint', 'toy_judge', 'find_judge', 'choose_pairs', 'Prompts',
            'load_prompts', 'distinct_prompts', 'OnPolicyConfig', 'judge_all', 'pair_rows', 'collect', 'write_rows',
-           'Round', 'round_config', 'record_rounds', 'OnPolicyRun', 'run_onpolicy', 'facts_table', 'answered', 'main']
+           'Round', 'round_config', 'check_enough', 'record_rounds', 'OnPolicyRun', 'run_onpolicy', 'facts_table',
+           'answered', 'main']
 
 # %% ../nbs/12_onpolicy.ipynb #52e526c0
 import hashlib
@@ -39,6 +40,7 @@ from dpo_lab.train import (
     DPORun,
     ask_person,
     build_loss,
+    command_line,
     field,
     find_renderer,
     follow,
@@ -80,8 +82,10 @@ def lexicon(
     **weights: float,   # word -> what it adds
 ) -> Scores:
     "A judge that adds up the weights of the words of an answer."
-    if bad := [w for w, v in weights.items() if isinstance(v, bool) or not isinstance(v, (int, float))] or not weights:
-        raise ValueError(f"lexicon needs a number for each word, such as lexicon(good=1,bad=-1): look at {bad}")
+    bad = [f'{w}={v!r}' for w, v in weights.items() if isinstance(v, bool) or not isinstance(v, (int, float))]
+    if bad or not weights:
+        raise ValueError("lexicon needs a number for each word, such as lexicon(good=1,bad=-1), "
+                         f"and has {', '.join(bad) or 'no word'}")
     return Scores('lexicon', lambda prompt, answer: sum(weights.get(w, 0) for w in re.findall(r'\w+', answer.lower())))
 
 def imported(
@@ -245,10 +249,10 @@ def post(
         why, wait = f'status {reply.status_code}: {reply.text[:200]}', asked_pause(reply.headers.get('Retry-After', ''))
         if reply.status_code not in PASSING: raise ValueError(f"the judge at {url} refuses: {why}")
         if wait > LONGEST_PAUSE:
-            raise OSError(f"the judge at {url} asks us to come back in {wait:.0f} seconds ({why}). "
-                          "What it did answer is kept: run the same command again then")
-    raise OSError(f"the judge at {url} did not answer in {retries + 1} tries, the last: {why}. "
-                  "What it did answer is kept: run the same command again")
+            raise ConnectionError(f"the judge at {url} asks us to come back in {wait:.0f} seconds ({why}). "
+                                  "What it did answer is kept, and not asked again")
+    raise ConnectionError(f"the judge at {url} did not answer in {retries + 1} tries, the last: {why}. "
+                          "What it did answer is kept, and not asked again")
 
 # %% ../nbs/12_onpolicy.ipynb #d8d76d51
 def chat_completion(
@@ -423,7 +427,9 @@ class OnPolicyConfig(Config):
                  'reference': self.reference in ('kept', 'moved') or 'choose kept or moved',
                  'rounds': self.rounds >= 1 or 'must be at least 1', 'k': self.k >= 2 or 'must be at least 2: a pair',
                  'num_prompts': self.num_prompts is None or self.num_prompts >= 1 or 'must be at least 1',
-                 'margin': self.margin >= 0 or 'must be 0 or more',
+                 'margin': self.margin >= 0 or 'must be 0 or more', 'top_k': self.top_k >= 0 or 'must be 0 or more',
+                 'top_p': 0 < self.top_p <= 1 or 'must be above 0, and at most 1',
+                 'max_new_tokens': self.max_new_tokens >= 1 or 'must be at least 1',
                  'temperature': self.temperature > 0 or 'must be above 0: greedy answers are all the same',
                  'reference_model_name': not self.reference_model_name or 'is set by reference=kept or moved'}
         for name, right in wrong.items():
@@ -541,7 +547,17 @@ def round_config(
         log_path=str(folder/f'round{n}'/'dpo'), log_relpath=None, dataset=str(folder/f'round{n}'/'pairs.jsonl'),
         dataset_path=None, dataset_revision=None, test_dataset=test, behavior_if_log_dir_exists='resume'))
 
-# %% ../nbs/12_onpolicy.ipynb #55f91328
+# %% ../nbs/12_onpolicy.ipynb #4a421141
+def check_enough(
+    config: OnPolicyConfig, # resolved: what is asked
+    prompts: int,           # how many there are
+):
+    "Raise if no judge could find a batch of pairs."
+    most = prompts * (1 if config.pairing == 'best_worst' else math.comb(config.k, 2))
+    if most < config.batch_size:
+        raise ValueError(f"{prompts} prompts of {config.k} answers give at most {most} pairs by {config.pairing}: less "
+                         f"than a batch of {config.batch_size}: ask more prompts, or set batch_size={most} or less")
+
 MAY_CHANGE = ('rounds', 'behavior_if_log_dir_exists', 'log_relpath', 'log_path', 'tracker', 'device')
 
 def record_rounds(
@@ -576,6 +592,7 @@ class OnPolicyRun:
             self.test = str(self.path/'held_out.jsonl')
             parts = ('id', 'prompt', 'chosen', 'rejected')
             write_rows(Path(self.test), [{part: getattr(p, part) for part in parts} for p in held])
+        check_enough(c, len(self.prompts))
         for n in (1, 2)[:c.rounds]: build_loss(round_config(c, n, self.path, self.test))   # before any work
         record_rounds(self, dict(prompts=len(self.prompts), prompts_fingerprint=data_fingerprint(pairs.train)))
         say(f'prompts    {c.dataset}: {len(self.prompts)}, {c.k} answers each, judged by {self.judge.name}')
@@ -630,7 +647,7 @@ def answered(
     console, words = Console(highlight=False), sys.argv[1:] if argv is None else argv
     try: return work(words, console)
     except KeyboardInterrupt:
-        console.print(f"stopped. Continue with the same words:\n  python -m dpo_lab.{command} {' '.join(words)}",
+        console.print(f"stopped. Continue with the same words:\n  {command_line(command, words)}",
                       markup=False, soft_wrap=True)
         return 130
     except (ValueError, OSError, ImportError, FloatingPointError) as e:
@@ -647,16 +664,18 @@ def main(
         config = parse(OnPolicyConfig, words)
         quiet_libraries()
         def say(line): console.print(line, soft_wrap=True)
+        words = [word for word in words if not word.startswith('log_relpath=')]
         rounds = run_onpolicy(config, say, ask_person if sys.stdin.isatty() else None)
         try:
             for r in rounds:
                 console.print(facts_table(r.facts))
                 if r.experiment: follow(r.experiment, console)
-        except KeyboardInterrupt:
-            say(f'stopped. Continue with\n  python -m dpo_lab.onpolicy {" ".join(words)} '
-                f'log_path={rounds.path} behavior_if_log_dir_exists=resume')
+        except (KeyboardInterrupt, ConnectionError) as e:   # you, or a judge that does not answer
+            again = command_line('onpolicy', words, log_path=rounds.path, behavior_if_log_dir_exists='resume')
+            console.print(f'stopped. Continue with\n  {again}', markup=False, soft_wrap=True)
+            if isinstance(e, ConnectionError): raise
             return 130
-        again = f'python -m dpo_lab.train dataset={r.pairs} model_name={config.model_name}'
+        again = command_line('train', dataset=r.pairs, model_name=config.model_name)
         say(f'Everything is in {rounds.path}; the policy is {r.final}\n\nTry next:\n'
             f'  {again}\n      train on these pairs again\n'
             f'  python -m dpo_lab.onpolicy --help\n      every setting')

@@ -6,11 +6,10 @@
 __all__ = ['TALKS', 'DEFAULTS', 'TINY_DEFAULTS', 'chosen_only', 'Conversations', 'example_builder', 'load_examples',
            'encode_example', 'encode_examples', 'example_logps', 'example_records', 'SFTObjective',
            'token_mean_interval', 'evaluate_examples', 'same', 'SFTConfig', 'SFTRun', 'load_example_rows', 'run_sft',
-           'next_steps', 'main']
+           'steps_after_sft', 'main']
 
 # %% ../nbs/10_sft.ipynb #56db12f7
 import math
-import shlex
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields, replace
@@ -42,11 +41,13 @@ from dpo_lab.train import (
     as_reference,
     check_ranges,
     check_rows,
+    command_line,
     config_table,
     field,
     find_renderer,
     load_model,
     load_optimizer,
+    next_steps,
     progress,
     row_limit,
     run_command,
@@ -306,6 +307,7 @@ class SFTRun(Experiment):
     def load(self) -> dict:
         from dpo_lab.reference import reference_fingerprint
         c = self.config
+        self.pairs = load_examples(c.dataset, c.dataset_path, c.test_dataset, c.dataset_revision)
         load_model(self)
         self.renderer = find_renderer(c, self.model, self.tokenizer, self.say)
         load_example_rows(self)
@@ -320,15 +322,16 @@ class SFTRun(Experiment):
 
 # %% ../nbs/10_sft.ipynb #65d644e7
 def load_example_rows(
-    exp: SFTRun, # with a model and a renderer; examples and rows are set here
+    exp: SFTRun, # with examples, a model and a renderer; rows are set here
 ):
-    "Examples and their token rows, with an audit of what was dropped and cut."
+    "Token rows of the examples, with an audit of what was dropped and cut."
     c, limit = exp.config, row_limit(exp.config, exp.model)
-    exp.pairs = load_examples(c.dataset, c.dataset_path, c.test_dataset, c.dataset_revision)
     exp.train_rows, exp.test_rows = (
         encode_examples(part, exp.renderer, limit, c.truncation, c.train_on_what, progress('tokens'))
         for part in (exp.pairs.train, exp.pairs.test))
     check_rows(c, exp.train_rows, exp.test_rows, exp.say, 'examples')
+    for part, lost in (('train', exp.pairs.audit.train), ('test', exp.pairs.audit.test)):
+        for why, n in lost['dropped'].items(): exp.say(f'           {part}: {n} dropped: {why}')
     tokens = {part: spread([f(row) for row in exp.train_rows]) for part, f in {
         'prompt': lambda row: len(row.prompt), 'completion': lambda row: len(row.chosen),
         'scored': lambda row: row.num_scored[0]}.items()}
@@ -344,27 +347,23 @@ def run_sft(
     "Run an SFT experiment, a step at a time."
     return SFTRun(config, say, ask)
 
-# %% ../nbs/10_sft.ipynb #9f89c4e9
-def next_steps(
+# %% ../nbs/10_sft.ipynb #a15d0e40
+def steps_after_sft(
     path: Path,         # the run folder
     config: SFTConfig,  # of the run
 ) -> str:
-    "What to try next."
+    "What to try next: DPO from here."
     pairs = config.dataset if config.dataset in DATASETS else 'pairs.jsonl'     # a file of conversations has no pairs
-    start = shlex.join([f'load_checkpoint_path={path}/final', f'model_name={config.model_name}', f'dataset={pairs}'])
-    again = shlex.join([f'log_path={path}', 'behavior_if_log_dir_exists=resume',
-                        f'num_epochs={2*(config.num_epochs or 1)}'])
-    ideas = {'prefer: DPO from here, with this as its reference': f'python -m dpo_lab.train {start}',
-             'train this run further': f'python -m dpo_lab.sft {again}',
-             'every setting': 'python -m dpo_lab.sft --help', 'open the notebooks': 'dpo_lab lab'}
-    lines = [f'  {command}\n      {what}' for what, command in ideas.items()]
-    return '\n'.join([f'Everything is in {path}', '', 'Try next:', *lines])
+    spoken = {'renderer_name': config.renderer_name} if config.renderer_name else {}
+    start = command_line('train', load_checkpoint_path=path/'final', model_name=config.model_name, dataset=pairs,
+                         **spoken)
+    return next_steps(path, config, 'sft', {'prefer: DPO from here, with this as its reference': start})
 
 def main(
     argv: list[str]|None=None, # `key=value` words; None: those of the command line
 ) -> int: # exit status
     "`python -m dpo_lab.sft key=value ...`"
-    return run_command(SFTConfig, run_sft, next_steps, 'sft', argv)
+    return run_command(SFTConfig, run_sft, steps_after_sft, 'sft', argv)
 
 # %% ../nbs/10_sft.ipynb #7769cdec
 if __name__ == '__main__' and '__file__' in globals(): sys.exit(main())     # a notebook is no file

@@ -74,7 +74,9 @@ def test_a_run_that_is_not_finished_is_refused(tmp_path):
 
 def test_a_model_beside_itself_differs_by_nothing(base):
     table = compare(base, base, PAIRS)
-    assert (table.difference == 0).all() and (table.low == 0).all() and (table.high == 0).all()
+    assert (table.difference == 0).all() and table.low.accuracy == -table.high.accuracy < 0
+    measured = table.drop('accuracy')       # right or wrong is told from a few pairs: its interval has a width
+    assert (measured.low == 0).all() and (measured.high == 0).all()
     assert table.base.accuracy == .5 and table.base.dpo_loss == pytest.approx(math.log(2))
 
 
@@ -92,6 +94,16 @@ def test_two_formats_are_not_compared(base):
         'plain', user=('Q:', ' {c}\n\n'), past=('A:', ' {c}\n\n'), opening='A:', answer=' {c}', end='\n\n',
         borrowed='Q:', stop=('\n\nQ:',)), tokenizer))
     with pytest.raises(ValueError, match='speaks plain'): compare(base, other, PAIRS)
+
+
+def test_models_that_agree_on_a_small_set_are_not_surely_alike():
+    for scores in ([1.]*20, [0.]*20, [.5]*20, [1., 0.]*10):
+        found = paired(scores, scores)
+        assert found['difference'] == 0 and found['low'] == pytest.approx(-found['high']) and found['high'] > .05
+    better = paired([0.]*20, [1.]*20)
+    assert better['low'] < .9 and better['difference'] == better['high'] == 1       # inside [-1, 1]
+    once = paired([0., 1.]*40, [1., 0.]*40, [i//8 for i in range(80)])
+    assert once['high'] > paired([0., 1.]*40, [1., 0.]*40)['high']                  # ten prompts, not eighty
 
 
 def test_a_paired_interval_covers_the_truth_as_often_as_it_says():

@@ -179,7 +179,11 @@ def test_the_command_says_what_came_of_it(tmp_path, capsys):
              'renderer_name=role_colon']
     assert main(words) == 0
     assert 'true_reward' in capsys.readouterr().out
-    assert main(['temperature=-1']) == 2 and 'temperature' in capsys.readouterr().err
+    assert main(['temperature=-1']) == 2 and 'temperature=-1.0: must be at least 0' in capsys.readouterr().err
+    assert main(['model_path=nowhere']) == 2 and "model_path='nowhere' is not a folder" in capsys.readouterr().err
+    (tmp_path/'run'/'final').mkdir(parents=True)
+    assert main([f'model_path={tmp_path}/run']) == 2
+    assert f'is a run: give {tmp_path}/run/final' in capsys.readouterr().err
     assert main(['tasks=dpo_lab/toy', 'model_name=no/such/place/at/all']) == 2
     capsys.readouterr()
     assert main(['tasks=no_such_task', 'renderer_name=role_colon', f'log_dir={tmp_path}/none']) == 2

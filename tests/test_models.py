@@ -153,6 +153,11 @@ def test_adapters_sit_on_every_linear_layer_but_the_head_and_start_at_nothing(ti
     assert torch.equal(logits(model, tokenizer), logits(tiny[0], tokenizer))
     assert all(('lora' in name) == weight.requires_grad for name, weight in model.named_parameters())
 
+def test_fresh_adapters_warn_of_nothing_that_a_user_could_change(recwarn):
+    load_policy('tiny', lora_rank=2, device='cpu')
+    assert not [w for w in recwarn if w.category is FutureWarning]
+
+
 def test_the_seed_decides_the_first_adapter_weights():
     prints = [weights_fingerprint(load_policy('tiny', device='cpu', lora_rank=2, seed=seed)[0]) for seed in (0, 0, 1)]
     assert prints[0] == prints[1] != prints[2]

@@ -1,5 +1,6 @@
 "Judges, pairs, and rounds of on-policy preferences."
 import json
+import shlex
 import threading
 import time
 from email.utils import formatdate
@@ -192,8 +193,10 @@ def test_a_reward_model_judges(tmp_path):
 
 
 @pytest.mark.parametrize('spec, says', [
-    ('longst', 'longest'), ('json:nothing', 'no function'), ('no_such_module_here:f', 'cannot import'),
-    ('lexicon', 'needs a number'), ('endpoint(url=http://x)', 'model'), ('shortest(x=1)', 'x')])
+    ('longst', 'longest'),
+    ('json:nothing', 'no function'), ('no_such_module_here:f', 'cannot import'),
+    ('lexicon', 'has no word'), ('lexicon(good=x)', "has good='x'"),
+    ('endpoint(url=http://x)', 'model'), ('shortest(x=1)', 'x')])
 def test_a_judge_that_is_not_there_is_named(spec, says):
     with pytest.raises(ValueError, match=says): find_judge(spec)
 
@@ -291,7 +294,8 @@ def test_a_round_that_is_not_trained_holds_up_the_next(tmp_path):
 
 
 def test_a_judge_that_finds_no_difference_stops_the_round(tmp_path):
-    config = OnPolicyConfig(log_path=str(tmp_path/'r'), judge='lexicon(zebra=1)', num_prompts=8, max_new_tokens=32)
+    config = OnPolicyConfig(log_path=str(tmp_path/'r'), judge='lexicon(zebra=1)', num_prompts=8, max_new_tokens=32,
+                            batch_size=8)
     with pytest.raises(ValueError, match='0 pairs.*8 ties'): list(run_onpolicy(config, quiet))
 
 
@@ -303,3 +307,26 @@ def test_the_command_runs_a_round_and_answers_mistakes_in_a_sentence(tmp_path, c
     assert main(['judge=longst', f'log_path={tmp_path}/other']) == 2
     assert "Did you mean 'longest'" in capsys.readouterr().err
     assert main(['jugde=toy']) == 2 and not (tmp_path/'other').exists()
+
+
+@pytest.mark.parametrize('words, says', [
+    ('num_prompts=4 batch_size=8', 'at most 4 pairs by best_worst'), ('max_new_tokens=0', 'max_new_tokens=0'),
+    ('num_prompts=2 k=3 pairing=all_pairs batch_size=8', 'at most 6 pairs by all_pairs'), ('top_p=0', 'top_p=0.0'),
+    ('top_k=-1', 'top_k=-1')])
+def test_what_cannot_make_a_round_is_said_before_any_answer(words, says, tmp_path, capsys):
+    assert main([f'log_path={tmp_path}/r', *words.split()]) == 2
+    assert says in capsys.readouterr().err and not (tmp_path/'r'/'config.json').exists()
+
+
+def test_a_judge_that_does_not_answer_stops_rounds_that_can_be_continued(server, tmp_path, capsys):
+    server.reply, server.plan = says('A'), [200, 500]
+    judge = f'judge=endpoint(url={server.url},model=m,cache={tmp_path}/judge.jsonl,retries=0,workers=1)'
+    words = [f'log_path={tmp_path}/r', 'num_prompts=2', 'k=2', 'max_new_tokens=32', 'batch_size=1', 'max_steps=1',
+             judge]
+    assert main(words) == 2
+    out, err = capsys.readouterr()
+    line = next(line for line in out.splitlines() if 'behavior_if_log_dir_exists=resume' in line)
+    again = shlex.split(line)
+    assert 'did not answer in 1 tries' in err and again[:3] == ['python', '-m', 'dpo_lab.onpolicy'] and judge in again
+    server.reply, n = (lambda body: says('A' if len(server.asked) % 2 else 'B')), len(server.asked)
+    assert main(again[3:]) == 0 and len(server.asked) == n + 3      # of four questions, one was answered before

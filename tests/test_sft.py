@@ -3,6 +3,7 @@ import copy
 import csv
 import json
 import math
+import shlex
 import subprocess
 import sys
 import time
@@ -29,6 +30,7 @@ from dpo_lab.sft import (
     run_sft,
 )
 from dpo_lab.train import Config, run_dpo
+from dpo_lab.train import main as train_main
 from dpo_lab.training import evaluate_pairs
 
 ROOT = Path(__file__).parent.parent
@@ -294,6 +296,26 @@ def test_the_command_shows_the_run_and_says_what_is_next(tmp_path, capsys):
     assert main([f'log_path={tmp_path}/run', 'max_steps=2', 'eval_every=0']) == 0
     out = capsys.readouterr().out
     assert 'test/nll' in out and 'Held-out, before and after' in out and 'load_checkpoint_path=' in out
+
+
+def test_the_next_commands_work_as_they_are_printed(tmp_path, capsys):
+    words = ['max_steps=2', 'eval_every=0', 'renderer_name=role_colon', 'batch_size=4']
+    assert main([f'log_path={tmp_path}/a run', *words]) == 0
+    shown = [shlex.split(line) for line in capsys.readouterr().out.splitlines() if 'python -m dpo_lab' in line]
+    prefer, further, _ = (line[3:] for line in shown)
+    assert 'renderer_name=role_colon' in prefer
+    assert train_main([*prefer, f'log_path={tmp_path}/dpo', 'max_steps=1', 'eval_every=0']) == 0
+    assert main(further) == 0 and Run(tmp_path/'a run').metrics.step.max() == 4
+    assert 'nothing is left to do' not in capsys.readouterr().out
+
+
+def test_rows_that_are_left_out_are_said(tmp_path):
+    rows = [dict(messages=t) for t in [*TALKS, said('no answer'), said('an empty one', ' ')]]
+    heard, path = [], write_jsonl(tmp_path/'t.jsonl', rows)
+    config = short(tmp_path/'run', dataset=f'{path}(test_fraction=0)', batch_size=4, max_steps=1)
+    run_sft(config, heard.append)
+    assert any("train: 1 dropped: last turn not the assistant's" in line for line in heard)
+    assert any('train: 1 dropped: empty completion' in line for line in heard)
 
 
 MISTAKES = {

@@ -287,3 +287,11 @@ def test_a_real_model_learns_a_few_real_pairs(tmp_path):
                     lora_rank=8, learning_rate=1e-3, num_epochs=2, eval_every=0, renderer_name='chat_template')
     steps = list(run_dpo(config, quiet))
     assert steps[0]['dpo_loss'] == pytest.approx(math.log(2), abs=1e-4) and steps[3]['dpo_loss'] < .6
+
+
+def test_every_room_that_is_a_command_is_one_of_dpo_lab(capsys):
+    from dpo_lab.train import cli
+    rooms = {p.stem for p in (ROOT/'dpo_lab').glob('*.py') if 'sys.exit(main())' in p.read_text()}
+    assert cli(['--help']) == 0
+    shown = capsys.readouterr().out.split('commands: ')[1].split()
+    assert rooms <= {name.strip(',') for name in shown} and 'search' in rooms
