@@ -20,6 +20,7 @@ from typing import Any
 from .batches import PairRow, encode_pairs, pack
 from .data import Message, PreferencePair, load_pairs
 from .generation import sample_answers
+from .logprobs import use_exact_products, use_fitting_threads
 from .models import generate_ids, load_policy
 from .onpolicy import distinct_prompts, find_judge, judge_all
 from .reference import reference_logps, with_reference
@@ -52,6 +53,9 @@ def as_subject(
         if not (path/'final').exists(): raise ValueError(f"{path} has no final/: the run is not finished, continue it")
         where = str(path/'final')
     model, tokenizer = load_policy(where, dtype, device)
+    if model.device.type == 'cpu':          # as a run does: a reference that it kept is read here
+        use_fitting_threads(model)
+        use_exact_products()
     if home and not renderer: renderer = Run(home).config.get('renderer_name')
     return Subject(where, model, tokenizer,
                    get_renderer(renderer or recommended_renderer(tokenizer, model.config)[0], tokenizer))

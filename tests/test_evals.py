@@ -16,12 +16,15 @@ from dpo_lab.evals import (
     independent,
     length_controlled,
     paired,
+    rows_of,
     sampled_kl,
     win_rate,
     wins,
 )
+from dpo_lab.logprobs import use_exact_products
 from dpo_lab.models import tiny_model
 from dpo_lab.onpolicy import Compares, find_judge
+from dpo_lab.reference import reference_logps
 from dpo_lab.renderers import get_renderer
 from dpo_lab.toy import policy_kl, prompts, space_logps
 from dpo_lab.train import Config, run_dpo
@@ -78,6 +81,18 @@ def test_a_model_beside_itself_differs_by_nothing(base):
     measured = table.drop('accuracy')       # right or wrong is told from a few pairs: its interval has a width
     assert (measured.low == 0).all() and (measured.high == 0).all()
     assert table.base.accuracy == .5 and table.base.dpo_loss == pytest.approx(math.log(2))
+
+
+def test_a_model_ties_with_its_kept_reference_however_the_process_multiplies():
+    pairs, before = PAIRS[:31], torch.get_float32_matmul_precision()        # in no other column on disk
+    try:
+        subject = as_subject('tiny', device='cpu')
+        use_exact_products()                # as a run does, which keeps the column
+        reference_logps(subject.model, rows_of(subject, pairs))
+        torch.set_float32_matmul_precision('highest')
+        again = evaluate(fresh := as_subject('tiny', device='cpu'), pairs, fresh)
+    finally: torch.set_float32_matmul_precision(before)
+    assert again['ties'] == 31 and again['accuracy'] == .5
 
 
 def test_the_paired_difference_is_that_of_the_means(base, tuned):
