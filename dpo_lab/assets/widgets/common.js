@@ -167,13 +167,18 @@ class Plot {
       '-': () => this.zoom(null), '0': () => this.zoom(null), Escape: () => this.zoom(null), l: () => this.button.click(), Enter: () => this.onPick && this.near && this.onPick(this.near) }[e.key];
     if (k) { e.preventDefault(); e.stopPropagation(); k(); this.say.textContent = this.tip.textContent; }
   }
-  set(series, marks = [], dots = []) { this.series = series; this.marks = marks; this.dots = dots; this.draw(); }
+  set(series, marks = [], dots = []) {
+    const xs = series.map(s => this.logx ? s.x.filter(x => x > 0) : s.x).flat();
+    this.span = xs.reduce(([a, b], x) => [Math.min(a, x), Math.max(b, x)], [Infinity, -Infinity]);
+    this.series = series; this.marks = marks; this.dots = dots; this.draw();
+  }
+  // plots of a group show the same steps, so that a mark stands on all of them
   bounds() {
     let x0 = Infinity, x1 = -Infinity, y0 = Infinity, y1 = -Infinity;
     const z = this.group.range;
+    for (const { span } of this.group.plots) if (span) { x0 = Math.min(x0, span[0]); x1 = Math.max(x1, span[1]); }
     for (const s of this.series) for (let i = 0; i < s.x.length; i++) {
       const x = s.x[i]; if (this.logx && !(x > 0)) continue;
-      if (x < x0) x0 = x; if (x > x1) x1 = x;
       if (z && (x < z[0] || x > z[1])) continue;
       for (const y of s.lo ? [s.y[i], s.lo[i], s.hi[i]] : [s.y[i]]) {
         if (y === null || y === undefined || !isFinite(y) || (this.logy && !(y > 0))) continue;

@@ -5,8 +5,8 @@ const PANELS = [
   { title: 'loss', lines: ['dpo_loss', 'loss'], band: true },
   { title: 'gradient norm', lines: ['grad_norm'], log: true },
   { title: 'KL from the reference, nats', lines: ['kl'], band: true },
-  { title: 'beta', lines: ['beta'], log: true },
-  { title: 'learning rate', lines: ['learning_rate'] },
+  { title: 'beta', lines: ['beta'], log: true, exact: true },
+  { title: 'learning rate', lines: ['learning_rate'], exact: true },
   { title: 'tokens a second', lines: ['tokens_per_second'] },
   { title: 'true reward', lines: ['true_reward'] },
 ];
@@ -47,7 +47,7 @@ export default { render({ model, el: host }) {
 
   const column = (points, name) => points.map(p => p[1][name] ?? null);
   function lines(points, p, prefix, k0, quiet) {
-    const out = [], x = points.map(q => q[0]), w = +smoothing.value;
+    const out = [], x = points.map(q => q[0]), w = p.exact ? 0 : +smoothing.value;    // a setting has no noise
     p.lines.forEach((name, i) => {
       const y = column(points, name);
       if (y.some(v => v !== null)) {
