@@ -21,6 +21,7 @@ const CSS = `
 .dl .pill.failed { border-color:var(--bad); color:var(--bad); }
 .dl button, .dl select, .dl input[type=text], .dl input[type=number] { font:inherit; color:var(--fg); background:var(--soft);
   border:1px solid var(--line); border-radius:6px; padding:3px 9px; min-height:28px; }
+.dl input[aria-invalid=true] { border-color:var(--bad); color:var(--bad); }
 .dl button { cursor:pointer; }
 .dl button:hover:not(:disabled) { border-color:var(--accent); }
 .dl button.main { background:var(--accent); border-color:var(--accent); color:var(--on); }
@@ -76,9 +77,11 @@ function isDark(node) {
 
 function frame(el0, label) {
   const root = el('div', { class: 'dl', role: 'region', 'aria-label': label });
-  // JupyterLab would take the arrows of a slider for its cells
-  const keep = e => { if (e.target.type === 'range' && root.contains(e.target)) e.stopImmediatePropagation(); };
+  // JupyterLab would take plain keys for its cells: arrows leave a slider, d d on a button deletes the cell
+  const plain = e => !e.ctrlKey && !e.metaKey && !e.altKey, hears = 'canvas, .list, .cell, input[type=text]';
+  const keep = e => { if (root.contains(e.target) && plain(e) && !e.target.matches(hears)) e.stopImmediatePropagation(); };
   window.addEventListener('keydown', keep, true);
+  root.addEventListener('keydown', e => { if (plain(e)) e.stopPropagation(); });
   root.append(el('style', {}, CSS));
   el0.append(root);
   const plots = [];
@@ -265,7 +268,7 @@ class Plot {
       for (let i = 0; i < s.x.length; i++) { const d = Math.abs(this.logx ? Math.log(s.x[i] / this.at) : s.x[i] - this.at); if (d < gap && s.y[i] !== null && s.y[i] !== undefined) { gap = d; k = i; } }
       if (k < 0 || (s.quiet && !this.onPick)) continue;
       const text = `${s.name} ${short(s.y[k])}` + (s.lo && s.lo[k] !== undefined && s.lo[k] !== null ? `  (${short(s.lo[k])} to ${short(s.hi[k])})` : '') + (s.points ? ` @${short(s.x[k])}` : '');
-      if (this.onPick && this.atY !== null) { const d = Math.abs(this.py(s.y[k]) - this.atY); if (!best || d < best.d) best = { d, s, text, x: s.x[k] }; }
+      if (this.onPick && this.atY !== null) { const d = Math.abs(this.py(s.y[k]) - this.atY); if (!best || d <= best.d) best = { d, s, text, x: s.x[k] }; }
       else lines.push(text);
       if (!s.points) this.shown = s.x[k];
     }

@@ -86,8 +86,9 @@ export default { render({ model, el: host }) {
     apply.title = s.steerable ? '' : 'these steps come from a loop of their own: only a Config or a run of run_dpo can be steered';
     for (const [field, name] of [[beta, 'dpo_beta'], [rate, 'learning_rate'], [loss, 'loss']]) if (!field.dataset.dirty && document.activeElement !== field) field.value = fields[name] ?? '';
     const steps = model.get('checkpoints') || [], was = back.value;
-    back.replaceChildren(...steps.map(v => el('option', { value: v }, `step ${v}`)), ...(steps.length ? [] : [el('option', { value: '' }, 'no checkpoint yet')]));
+    if (back.dataset.key !== `${steps}`) back.replaceChildren(...steps.map(v => el('option', { value: v }, `step ${v}`)), ...(steps.length ? [] : [el('option', { value: '' }, 'no checkpoint yet')]));
     if (steps.includes(+was) && was !== '') back.value = was; else if (steps.length) back.value = steps.at(-1);
+    back.dataset.key = `${steps}`;
     if (!steps.length) rewind.disabled = true;
     code.set(model.get('code'));
   }
