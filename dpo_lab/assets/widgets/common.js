@@ -171,7 +171,7 @@ class Plot {
     if (k) { e.preventDefault(); e.stopPropagation(); k(); this.say.textContent = this.tip.textContent; }
   }
   set(series, marks = [], dots = []) {
-    const xs = series.map(s => this.logx ? s.x.filter(x => x > 0) : s.x).flat();
+    const xs = [...series.map(s => s.x).flat(), ...marks.map(m => m.x)].filter(x => !this.logx || x > 0);
     this.span = xs.reduce(([a, b], x) => [Math.min(a, x), Math.max(b, x)], [Infinity, -Infinity]);
     this.series = series; this.marks = marks; this.dots = dots; this.draw();
   }
