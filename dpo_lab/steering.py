@@ -55,7 +55,7 @@ def steer(
     run.course = course(read_jsonl(run.path/'events.jsonl'))
     return changed
 
-# %% ../nbs/10b_steering.ipynb #df164f7e
+# %% ../nbs/10b_steering.ipynb #eb999fc4
 def rewind(
     run: DPORun,    # not in the middle of a step
     step: int,      # of one of its checkpoints
@@ -100,7 +100,8 @@ def fork(
     asked = {name: value for name, value in Run(path).config.items() if name in chz.chz_fields(Config)}
     here = {'log_path': str(path), 'log_relpath': None, 'behavior_if_log_dir_exists': 'resume'}
     begun = run_dpo(Config(**asked | here), say=lambda line: None)
-    steer(begun, begun.start, **fields)
+    try: steer(begun, begun.start, **fields)
+    except ValueError: shutil.rmtree(path); raise      # half a fork would be in the way of the next
     return begun
 
 # %% ../nbs/10b_steering.ipynb #cb689541
@@ -197,7 +198,7 @@ class LiveThread(LiveBase):
     def measured(self) -> bool: # is `step` measured on the weights as they are, and not yet taken?
         return self.step is not None and self.step < self.source.total and self.step >= self.source.start
 
-# %% ../nbs/10b_steering.ipynb #a49dd8ec
+# %% ../nbs/10b_steering.ipynb #75514503
 class LiveRun(LiveThread):
     "Steps taken in a thread, and a person's hand on them."
     def _ask(self, request: Callable):
@@ -239,6 +240,7 @@ class LiveRun(LiveThread):
 
     def fork(self, log_path: Path|str, on_ready: Callable=lambda run: None, **fields):
         "Checkpoint here, and hand a new run that goes on from it to `on_ready`."
+        if self.steerable: check_steering(self.source, fields)
         def request():
             if self.measured: save_checkpoint(self.source, self.step)
             on_ready(fork(self.path, log_path, **fields))

@@ -27,7 +27,7 @@ from .steering import LiveRun, live_run
 from .sweep import Sweep, plan_text
 from .train import Config, course, course_at
 
-# %% ../nbs/17_widgets.ipynb #ac6c6f6e
+# %% ../nbs/17_widgets.ipynb #a7f2afbd
 @cache
 def script(
     *names: str, # files of `assets/widgets`, without their ending
@@ -50,6 +50,8 @@ class LabWidget(anywidget.AnyWidget):
         self.loop: threading.Thread|None = None
         self.trouble = ''                   # why the last hand failed
         super().__init__(**state)
+        # ipykernel 7.4 takes a click to the subshell of its latest request, dead once a notebook is opened again
+        if hasattr(self.comm, '_reply_subshell_for'): self.comm._reply_subshell_for = lambda data, stamped: stamped
         self.on_msg(self._hear)
 
     def _hear(self, widget, message, buffers):
@@ -109,7 +111,7 @@ class LossExplorer(LabWidget):
                      'source': f'pair_frame({name_of(source)}, {split!r}, step=-1)'}
         super().__init__(selected=list(selected), beta=beta or state.get('used_beta') or .1, **state)
 
-# %% ../nbs/17_widgets.ipynb #d56dc9b8
+# %% ../nbs/17_widgets.ipynb #e8bee7f0
 class RunPoints(LabWidget):
     "The curves of a run as it trains, and the hands on it."
     _esm = script('train_monitor')
@@ -199,7 +201,7 @@ class FollowedRun(RunPoints):
 
     def complain(self, text: str): self.trouble = text; self.tell()
 
-# %% ../nbs/17_widgets.ipynb #f1e3df1b
+# %% ../nbs/17_widgets.ipynb #d5b760d1
 class TrainMonitor(FollowedRun):
     "The curves of a run as it trains, and the hands on it."
     def hand_sync(self):
@@ -227,6 +229,7 @@ class TrainMonitor(FollowedRun):
         path = path.strip() or f'{self.path}-fork'
         def begin(run): LiveRun(run).start()
         self.live.fork(path, begin, **self.changed(**typed))
+        self.send({'type': 'applied'})      # what was typed was for the fork
 
 def written(source: Any) -> str:
     "A source as one would write it in Python."

@@ -2,6 +2,7 @@
 import json
 import os
 import random
+import re
 import shutil
 import socket
 import subprocess
@@ -37,11 +38,25 @@ def free_port():
     with socket.socket() as s: s.bind(('127.0.0.1', 0)); return s.getsockname()[1]
 
 
+def shorten(notebook, folder):
+    "A copy of the tutorial whose run takes 60 steps, and whose 3 x 3 points 10 steps each, on few pairs."
+    for split, n in dict(train=64, test=16).items():
+        rows = (ROOT/'dpo_lab'/'assets'/'toy'/f'{split}.jsonl').read_text().splitlines(keepends=True)
+        (folder/f'{split}.jsonl').write_text(''.join(rows[:n]))
+    text = notebook.read_text()
+    few = f"dataset='{folder/'train.jsonl'}', test_dataset='{folder/'test.jsonl'}'"
+    for long, short in {'max_steps=60, eval_every=10': f'max_steps=10, eval_every=10, {few}',
+                        'num_epochs=4': 'max_steps=60'}.items():
+        assert text.count(long) == 1, f'the tutorial has no {long}'
+        text = text.replace(long, short)
+    (folder/notebook.name).write_text(text)
+
+
 @pytest.fixture(scope='module')
 def lab(tmp_path_factory):
     "Address of a JupyterLab on a copy of the tutorial."
     folder, port = tmp_path_factory.mktemp('lab'), free_port()
-    shutil.copy(ROOT/'nbs'/'tutorials'/'under_the_hand.ipynb', folder)
+    shorten(ROOT/'nbs'/'tutorials'/'under_the_hand.ipynb', folder)
     env = os.environ | dict(PYTHONPATH=str(ROOT), OMP_NUM_THREADS='1', HF_HUB_OFFLINE='1',
                             JUPYTER_CONFIG_DIR=str(folder/'config'), JUPYTERLAB_SETTINGS_DIR=str(folder/'settings'))
     words = ['--no-browser', '--allow-root', '--IdentityProvider.token=', f'--ServerApp.port={port}',
@@ -81,8 +96,10 @@ def page(lab, context):
         if not r.url.startswith((lab, 'data:', 'blob:')): page.problems.append(f'fetched {r.url}')
     page.on('request', asked)
     page.add_init_script(CLICKS)
+    yes = page.locator('.jp-Dialog button.jp-mod-accept:not(.jp-mod-warn)').last     # JupyterLab asks something
+    page.add_locator_handler(yes, lambda: yes.click())
     page.goto(f'{lab}/lab/tree/under_the_hand.ipynb?reset')
-    page.wait_for_selector('.jp-Notebook-ExecutionIndicator[data-status="idle"]')
+    page.wait_for_function(READY)
     yield page
 
 
@@ -136,16 +153,9 @@ def theme(page, dark):
     page.wait_for_timeout(1200)
 
 
-def run_all(page):
-    "Run > Run All Cells; Lab may ask for the kernel first, and then forgets what it was asked to run."
-    ask = page.locator('.jp-Dialog button.jp-mod-accept')
-    def begun():
-        if ask.count(): ask.click(); page.wait_for_timeout(3000)
-        if not page.locator('.jp-InputPrompt', has_text='*').count() and not page.locator('.dl').count():
-            page.evaluate("void window.jupyterapp.commands.execute('notebook:run-all-cells')")
-            page.wait_for_timeout(3000)
-        return page.locator('.dl').count()
-    until(begun)
+# a command given before the kernel answers is forgotten
+READY = """() => { const s = window.jupyterapp?.shell?.currentWidget?.context?.sessionContext;
+  return s?.isReady && s.session?.kernel?.status === 'idle' }"""
 
 
 WITHOUT_KERNEL = """async ([esm, state]) => {
@@ -191,7 +201,7 @@ def test_ten_thousand_pairs_stay_fluid(context):
 
 
 def test_a_person_works_with_the_tutorial(page):
-    run_all(page)
+    page.evaluate("void window.jupyterapp.commands.execute('notebook:run-all-cells')")
     monitor = widget(page, 'Training monitor')
     monitor.scroll_into_view_if_needed()
     until(lambda: step(monitor) > 4)
@@ -229,10 +239,48 @@ def test_the_keyboard_reads_a_curve(page):
     assert 'Newest: margin' in curve.get_attribute('aria-label')
 
 
+def test_the_pointer_reads_zooms_and_smooths(page):
+    monitor = widget(page, 'Training monitor')
+    curve, tip = monitor.locator('canvas').first, monitor.locator('.tip').first
+    curve.scroll_into_view_if_needed()
+    box = curve.bounding_box()
+    def read(x):
+        page.mouse.move(box['x'] + x, box['y'] + 60)
+        until(lambda: 'margin' in tip.inner_text())
+        return int(tip.inner_text().split()[1])
+    def drag(a, b): page.mouse.move(box['x'] + a, box['y'] + 60); page.mouse.down(); read(b); page.mouse.up()
+    first = read(50)
+    drag(130, 180)
+    until(lambda: read(50) > first)
+    page.mouse.dblclick(box['x'] + 50, box['y'] + 60)
+    until(lambda: read(50) == first)
+    slider = monitor.get_by_label('smoothing of the curves')
+    slider.focus()
+    for _ in range(40): slider.press('ArrowRight')
+    until(lambda: slider.input_value() == '0.8')
+    axis = monitor.get_by_role('button', name='margin: vertical axis is linear')
+    axis.click()
+    monitor.get_by_role('button', name='margin: vertical axis is logarithmic').click()
+    shot(page, 'smoothed-light', monitor)
+
+
+def test_keys_stay_in_the_widget_that_has_them(page):
+    monitor, notebook = widget(page, 'Training monitor'), 'window.jupyterapp.shell.currentWidget.content'
+    cells = page.evaluate(f'{notebook}.widgets.length')
+    for key in 'ddxb': monitor.get_by_role('button', name='Show all steps').press(key)      # would delete, cut, insert
+    monitor.get_by_label('Checkpoint to rewind to').press('ArrowUp')
+    assert page.evaluate(f'{notebook}.widgets.length') == cells
+    assert page.evaluate('document.activeElement.getAttribute("aria-label")') == 'Checkpoint to rewind to'
+    unnamed = '''() => [...document.querySelectorAll('.dl :is(button, input, select, canvas, progress, [tabindex])')]
+        .filter(n => !(n.ariaLabel || n.labels?.length || n.tagName === 'BUTTON' && n.textContent))
+        .filter(n => !n.matches('.text')).map(n => n.outerHTML)'''
+    assert page.evaluate(unnamed) == []
+
+
 def test_a_sweep_is_started_watched_stopped_continued_and_chosen_from(page):
     panel = widget(page, 'Sweep panel')
     panel.scroll_into_view_if_needed()
-    panel.get_by_label('most steps of a point').fill('10')
+    panel.get_by_label('most steps of a point').fill('5')
     panel.get_by_role('button', name='Start').click()
     until(lambda: panel.locator('.heat .cell').count() == 9)
     until(lambda: any(cell[:1].isdigit() for cell in panel.locator('.heat .cell').all_inner_texts()))   # a value came
@@ -245,6 +293,9 @@ def test_a_sweep_is_started_watched_stopped_continued_and_chosen_from(page):
     cell.click()
     until(lambda: 'run_dpo(Config(' in panel.inner_text() and 'python -m dpo_lab.train' in panel.inner_text())
     assert 'dpo_beta=0.1' in panel.inner_text() and 'best held-out accuracy' in panel.inner_text()
+    curve = panel.locator('.plot canvas').first.bounding_box()
+    page.mouse.move(curve['x'] + curve['width'] - 20, curve['y'] + 60)      # a curve under the pointer lights its cell
+    until(lambda: panel.locator('.heat .cell.lit').count() == 1)
     shot(page, 'sweep-dark', panel)
     theme(page, dark=False)
     until(lambda: 'dark' not in panel.get_attribute('class'))
@@ -256,6 +307,18 @@ def test_a_pair_opens_to_its_tokens(page):
     browser = widget(page, 'Pair browser')
     browser.scroll_into_view_if_needed()
     assert browser.locator('.lines .line').count() < 40 and ' pairs' in browser.inner_text()
+    for kind in ('flipped', 'suspect'):
+        box = browser.get_by_role('checkbox', name=kind)
+        n = re.search(r'\d+', browser.locator('label', has_text=kind).inner_text())[0]
+        box.check()
+        assert browser.get_by_role('status').first.inner_text().startswith(f'{n} of ')
+        box.uncheck()
+    for header in browser.get_by_role('columnheader').all():
+        header.get_by_role('button').click()
+        assert header.get_attribute('aria-sort') in ('ascending', 'descending')
+    browser.get_by_role('button', name='Sort by delta').click()
+    deltas = [float(row.locator('span').nth(3).inner_text()) for row in browser.locator('.lines .line').all()]
+    assert deltas == sorted(deltas)
     grid = browser.get_by_role('grid')
     grid.focus(); grid.press('ArrowDown'); grid.press('Enter')
     browser.locator('.tok.scored').first.wait_for()
@@ -274,4 +337,48 @@ def test_a_slider_turns_the_losses(page):
     until(lambda: explorer.locator('table').inner_text() != before)
     shot(page, 'losses-dark', explorer)
     theme(page, dark=False); shot(page, 'losses-light', explorer)
+    assert not page.problems
+
+
+def records(path): return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+
+
+def test_a_run_is_taken_back_changed_found_in_a_reopened_notebook_and_forked(page):
+    monitor = widget(page, 'Training monitor')
+    run = Path(monitor.locator('.num').first.inner_text().split(' · ')[1])
+    def taken(path=run): return [record['step'] for record in records(path/'metrics.jsonl')]
+    def rewind(monitor):
+        kept = monitor.get_by_label('Checkpoint to rewind to')
+        kept.select_option(index=0)
+        monitor.get_by_role('button', name='Rewind').click()
+        until(lambda: 'back at step' in monitor.inner_text())
+        return int(kept.input_value())
+    at = rewind(monitor)
+    until(lambda: step(monitor) == at - 1)
+    # another rate and loss from the next step
+    monitor.get_by_label('learning rate from the next step').fill('0.0005')
+    monitor.get_by_label('loss from the next step', exact=True).fill('ipo')
+    monitor.get_by_role('button', name='Apply beta').click()
+    until(lambda: 'loss sigmoid → ipo' in monitor.inner_text())
+    monitor.get_by_role('button', name='Continue the training').click()
+    # it goes on while the notebook is closed, and answers when it is open again
+    page.evaluate("window.jupyterapp.commands.execute('docmanager:save')")
+    page.evaluate("window.jupyterapp.shell.currentWidget.close()")
+    until(lambda: not page.locator('.dl').count())
+    until(lambda: max(taken()) > at + 2)
+    changed = [e for e in records(run/'events.jsonl') if e['event'] == 'changed'][-1]
+    assert changed['step'] == at and changed['changed'] == {'learning_rate': [2e-4, 5e-4], 'loss': ['sigmoid', 'ipo']}
+    rates = {record['step']: record['learning_rate'] for record in records(run/'metrics.jsonl')}
+    assert rates[at] > 2*rates[at - 1]
+    page.evaluate("void window.jupyterapp.commands.execute('docmanager:open', {path: 'under_the_hand.ipynb'})")
+    monitor = widget(page, 'Training monitor')
+    until(lambda: step(monitor) >= at)
+    assert rewind(monitor) == at
+    # a fork trains on in a folder of its own, the source stays one run
+    monitor.get_by_label('Folder of the fork').fill(str(run.with_name('fork')))
+    monitor.get_by_role('button', name='Fork from here').click()
+    until(lambda: 'forked into' in monitor.inner_text())
+    begun = [e['step'] for e in records(run.with_name('fork')/'events.jsonl') if e['event'] == 'forked'][0]
+    until(lambda: max(taken(run.with_name('fork'))) > begun)
+    assert len(taken()) == len(set(taken())) and [e['event'] for e in records(run/'events.jsonl')].count('started') == 1
     assert not page.problems

@@ -91,6 +91,8 @@ def test_a_fork_leaves_its_source_alone_and_goes_its_own_way(turned, tmp_path):
     assert Run(tmp_path/'fork').metrics.beta[:8].tolist() == [.1]*5 + [2.] + [.1]*2
     assert (turned/'metrics.jsonl').read_bytes() == before
     with pytest.raises(FileExistsError, match='already holds'): fork(turned, tmp_path/'fork')
+    with pytest.raises(ValueError, match='above 0'): fork(turned, tmp_path/'refused', 6, learning_rate=-3.)
+    assert not (tmp_path/'refused').exists()
 
 
 @pytest.mark.parametrize('fields, why', [(dict(dpo_beta=0.), 'above 0'), (dict(seed=3), 'cannot change'),

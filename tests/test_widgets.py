@@ -183,6 +183,18 @@ def test_new_points_are_messages_and_a_browser_that_missed_some_gets_all(run):
     assert sent[0]['again'] and len(sent[0]['points']) == len(monitor.points) == 9
 
 
+def test_a_fork_that_is_refused_leaves_nothing_behind(tmp_path):
+    monitor = TrainMonitor(asked(tmp_path/'run', max_steps=30))
+    until(lambda: monitor.points)
+    press(monitor, 'stop'); until(lambda: monitor.status['state'] == 'stopped')
+    press(monitor, 'fork', path=str(tmp_path/'fork'), dpo_beta='0.4', learning_rate='-3', loss='sigmoid')
+    assert 'above 0' in monitor.status['note'] and not (tmp_path/'fork').exists()
+    press(monitor, 'fork', path=str(tmp_path/'fork'), dpo_beta='0.4', learning_rate='2e-4', loss='sigmoid')
+    until(lambda: (tmp_path/'fork'/'final').exists())
+    at = monitor.live.step
+    assert Run(tmp_path/'fork').metrics.beta[:30].tolist() == [.1]*at + [.4]*(30 - at)
+
+
 def test_a_panel_fills_and_exports_a_point(tmp_path):
     grid = sweep(asked(tmp_path/'grid', max_steps=4, eval_every=2, infrequent_eval_every=0), dpo_beta=[.1, .5],
                  learning_rate=[1e-4])

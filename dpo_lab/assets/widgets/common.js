@@ -21,6 +21,7 @@ const CSS = `
 .dl .pill.failed { border-color:var(--bad); color:var(--bad); }
 .dl button, .dl select, .dl input[type=text], .dl input[type=number] { font:inherit; color:var(--fg); background:var(--soft);
   border:1px solid var(--line); border-radius:6px; padding:3px 9px; min-height:28px; }
+.dl input[aria-invalid=true] { border-color:var(--bad); color:var(--bad); }
 .dl button { cursor:pointer; }
 .dl button:hover:not(:disabled) { border-color:var(--accent); }
 .dl button.main { background:var(--accent); border-color:var(--accent); color:var(--on); }
@@ -76,9 +77,11 @@ function isDark(node) {
 
 function frame(el0, label) {
   const root = el('div', { class: 'dl', role: 'region', 'aria-label': label });
-  // JupyterLab would take the arrows of a slider for its cells
-  const keep = e => { if (e.target.type === 'range' && root.contains(e.target)) e.stopImmediatePropagation(); };
+  // JupyterLab would take plain keys for its cells: arrows leave a slider, d d on a button deletes the cell
+  const plain = e => !e.ctrlKey && !e.metaKey && !e.altKey, hears = 'canvas, .list, .cell, input[type=text]';
+  const keep = e => { if (root.contains(e.target) && plain(e) && !e.target.matches(hears)) e.stopImmediatePropagation(); };
   window.addEventListener('keydown', keep, true);
+  root.addEventListener('keydown', e => { if (plain(e)) e.stopPropagation(); });
   root.append(el('style', {}, CSS));
   el0.append(root);
   const plots = [];
@@ -167,13 +170,18 @@ class Plot {
       '-': () => this.zoom(null), '0': () => this.zoom(null), Escape: () => this.zoom(null), l: () => this.button.click(), Enter: () => this.onPick && this.near && this.onPick(this.near) }[e.key];
     if (k) { e.preventDefault(); e.stopPropagation(); k(); this.say.textContent = this.tip.textContent; }
   }
-  set(series, marks = [], dots = []) { this.series = series; this.marks = marks; this.dots = dots; this.draw(); }
+  set(series, marks = [], dots = []) {
+    const xs = [...series.map(s => s.x).flat(), ...marks.map(m => m.x)].filter(x => !this.logx || x > 0);
+    this.span = xs.reduce(([a, b], x) => [Math.min(a, x), Math.max(b, x)], [Infinity, -Infinity]);
+    this.series = series; this.marks = marks; this.dots = dots; this.draw();
+  }
+  // plots of a group show the same steps, so that a mark stands on all of them
   bounds() {
     let x0 = Infinity, x1 = -Infinity, y0 = Infinity, y1 = -Infinity;
     const z = this.group.range;
+    for (const { span } of this.group.plots) if (span) { x0 = Math.min(x0, span[0]); x1 = Math.max(x1, span[1]); }
     for (const s of this.series) for (let i = 0; i < s.x.length; i++) {
       const x = s.x[i]; if (this.logx && !(x > 0)) continue;
-      if (x < x0) x0 = x; if (x > x1) x1 = x;
       if (z && (x < z[0] || x > z[1])) continue;
       for (const y of s.lo ? [s.y[i], s.lo[i], s.hi[i]] : [s.y[i]]) {
         if (y === null || y === undefined || !isFinite(y) || (this.logy && !(y > 0))) continue;
@@ -260,7 +268,7 @@ class Plot {
       for (let i = 0; i < s.x.length; i++) { const d = Math.abs(this.logx ? Math.log(s.x[i] / this.at) : s.x[i] - this.at); if (d < gap && s.y[i] !== null && s.y[i] !== undefined) { gap = d; k = i; } }
       if (k < 0 || (s.quiet && !this.onPick)) continue;
       const text = `${s.name} ${short(s.y[k])}` + (s.lo && s.lo[k] !== undefined && s.lo[k] !== null ? `  (${short(s.lo[k])} to ${short(s.hi[k])})` : '') + (s.points ? ` @${short(s.x[k])}` : '');
-      if (this.onPick && this.atY !== null) { const d = Math.abs(this.py(s.y[k]) - this.atY); if (!best || d < best.d) best = { d, s, text, x: s.x[k] }; }
+      if (this.onPick && this.atY !== null) { const d = Math.abs(this.py(s.y[k]) - this.atY); if (!best || d <= best.d) best = { d, s, text, x: s.x[k] }; }
       else lines.push(text);
       if (!s.points) this.shown = s.x[k];
     }

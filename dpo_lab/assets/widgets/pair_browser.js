@@ -5,7 +5,7 @@ export default { render({ model, el: host }) {
   const ui = frame(host, 'Pair browser'), root = ui.root, can = typeof model.send === 'function';
   root.append(el('style', {}, `
     .dl .list { height:${ROW * SEEN + 30}px; overflow:auto; border:1px solid var(--line); border-radius:8px; position:relative; font-size:12px; }
-    .dl .line { display:grid; grid-template-columns:56px 66px 74px 84px 94px 100px 74px 64px 48px 62px minmax(160px,1fr); height:${ROW}px; align-items:center; min-width:896px; }
+    .dl .line { display:grid; grid-template-columns:56px 72px 74px 96px 116px 126px 84px 64px 48px 72px minmax(120px,1fr); height:${ROW}px; align-items:center; min-width:928px; }
     .dl .line > * { padding:0 7px; text-align:right; overflow:hidden; text-overflow:ellipsis; white-space:nowrap; font-variant-numeric:tabular-nums; }
     .dl .line > :last-child { text-align:left; }
     .dl .lines .line { position:absolute; left:0; right:0; cursor:pointer; border-bottom:1px solid var(--line); }
@@ -38,14 +38,16 @@ export default { render({ model, el: host }) {
   const detail = el('div', { 'aria-live': 'polite' }), code = codeLine();
   root.append(list, detail, code.node);
   let order = [], active = 0;
+  const bound = (field, none) => { const odd = isNaN(+field.value); field.setAttribute('aria-invalid', odd); return odd || field.value.trim() === '' ? none : +field.value; };
   function arrange() {
-    const [key, way] = model.get('sort'), needle = search.value.toLowerCase(), c = all[by.value], lo = from.value === '' ? -Infinity : +from.value, hi = to.value === '' ? Infinity : +to.value, bounded = from.value !== '' || to.value !== '';
+    const [key, way] = model.get('sort'), needle = search.value.toLowerCase(), c = all[by.value], lo = bound(from, -Infinity), hi = bound(to, Infinity), bounded = lo > -Infinity || hi < Infinity;
     order = [];
     for (let i = 0; i < n; i++) if ((!needle || all.prompt[i].toLowerCase().includes(needle)) && (!bounded || (c[i] >= lo && c[i] <= hi)) && (!flips.checked || all.flip[i]) && (!odd.checked || all.suspect[i])) order.push(i);
     const v = all[key];
     order.sort((a, b) => way * (v[a] < v[b] ? -1 : v[a] > v[b] ? 1 : 0) || a - b);
     [...top.children].forEach((h, j) => { const on = cols[j][0] === key; h.setAttribute('aria-sort', on ? (way > 0 ? 'ascending' : 'descending') : 'none'); h.firstChild.textContent = cols[j][1] + (on ? (way > 0 ? ' ↑' : ' ↓') : ''); });
     count.textContent = order.length === n ? `${n} pairs` : `${order.length} of ${n} pairs`;
+    list.setAttribute('aria-rowcount', order.length);
     lines.style.height = `${order.length * ROW}px`; active = Math.min(active, Math.max(0, order.length - 1)); list.scrollTop = 0; paint();
   }
   // only the rows in sight are in the page

@@ -17,6 +17,7 @@ export default { render({ model, el: host }) {
     .dl .two { display:grid; gap:12px; grid-template-columns:repeat(auto-fit,minmax(min(360px,100%),1fr)); align-items:start; }`));
   const pill = el('span', { class: 'pill', role: 'status' }), bar = el('progress', { max: 1, value: 0, 'aria-label': 'share of the sweep that is done', style: 'width:140px' }), where = el('span', { class: 'dim num' });
   const note = el('div', { role: 'status', class: 'dim', style: 'min-height:18px;font-size:12px;white-space:pre-wrap' });
+  const verdict = el('div', { role: 'status', class: 'dim', style: 'font-size:12px;white-space:pre-wrap' });
   const asked = model.get('asked') || {}, text = (name, label, size) => { const i = el('input', { type: 'text', size, value: asked[name] ?? '', 'aria-label': label }); i.onkeydown = e => e.stopPropagation(); return i; };
   const inputs = { dpo_beta: text('dpo_beta', 'values of beta, with commas between them', 18), learning_rate: text('learning_rate', 'values of the learning rate, with commas between them', 18), seed: text('seed', 'seeds, with commas between them', 6), max_steps: text('max_steps', 'most steps of a point', 5), samples: text('samples', 'most settings, drawn at random; empty takes all', 4) };
   const more = text('more', 'another axis, such as loss=sigmoid,ipo', 20); more.placeholder = 'loss=sigmoid,ipo';
@@ -31,7 +32,7 @@ export default { render({ model, el: host }) {
   const parallel = el('canvas', { style: 'height:190px', role: 'img', 'aria-label': 'Parallel coordinates: a line for each point, through its values and its score' }), parallelBox = el('div', { class: 'plot', hidden: true }, el('div', { class: 'head' }, el('b', {}, 'all axes')), parallel);
   const chosen = el('div', { role: 'status' }), code = codeLine(), shell = codeLine();
   shell.node.querySelector('code').setAttribute('aria-label', 'Command that trains the chosen point');
-  root.append(el('div', { class: 'row' }, el('h4', {}, 'Sweep'), pill, bar, where), hands, note, two, parallelBox, chosen, code.node, shell.node);
+  root.append(el('div', { class: 'row' }, el('h4', {}, 'Sweep'), pill, bar, where), hands, note, verdict, two, parallelBox, chosen, code.node, shell.node);
   const curves = new Plot(right, ui, { title: 'curves of all points', height: 250, onPick: s => pick(s.point) });
   curves.button.hidden = false;
   ui.plots.push({ draw: () => drawParallel() });
@@ -65,9 +66,10 @@ export default { render({ model, el: host }) {
     heat.style.gridTemplateColumns = `auto repeat(${xs.length}, minmax(66px,1fr))`;
     const was = heat.contains(document.activeElement) ? document.activeElement.dataset.at : null;
     const picked = ps.find(p => p.name === model.get('chosen'));
-    const cells = [el('div', { class: 'axis' }, y ? `${y} ↓  ${x} →` : `${x} →`), ...xs.map(v => el('div', { class: 'axis', role: 'columnheader' }, typeof v === 'number' ? short(v) : String(v)))];
+    const row = cells => el('div', { role: 'row', style: 'display:contents' }, ...cells);
+    const rows = [row([el('div', { class: 'axis', role: 'columnheader' }, y ? `${y} ↓  ${x} →` : `${x} →`), ...xs.map(v => el('div', { class: 'axis', role: 'columnheader' }, typeof v === 'number' ? short(v) : String(v)))])];
     ys.forEach((yv, j) => {
-      cells.push(el('div', { class: 'axis', role: 'rowheader' }, y ? (typeof yv === 'number' ? short(yv) : String(yv)) : ''));
+      const cells = [el('div', { class: 'axis', role: 'rowheader' }, y ? (typeof yv === 'number' ? short(yv) : String(yv)) : '')];
       xs.forEach((xv, i) => {
         const group = cell(xv, yv), v = value(group), failed = group.filter(p => p.status === 'failed'), done = avg(group.map(p => p.progress)) ?? 0;
         const t = v === null || hi === lo ? .5 : (v - lo) / (hi - lo), rgb = v === null ? null : viridis(less ? 1 - t : t), bright = rgb && (.299 * rgb[0] + .587 * rgb[1] + .114 * rgb[2]) > 130;
@@ -85,8 +87,9 @@ export default { render({ model, el: host }) {
         b.onkeydown = e => { const d = { ArrowLeft: [-1, 0], ArrowRight: [1, 0], ArrowUp: [0, -1], ArrowDown: [0, 1] }[e.key]; if (!d) return; e.preventDefault(); e.stopPropagation(); heat.querySelector(`[data-at="${i + d[0]},${j + d[1]}"]`)?.focus(); };
         cells.push(b);
       });
+      rows.push(row(cells));
     });
-    heat.replaceChildren(...cells);
+    heat.replaceChildren(...rows);
     if (was) heat.querySelector(`[data-at="${was}"]`)?.focus();
     legend.textContent = values.length ? `${METRICS[m] || m}: yellow is ${less ? 'lowest' : 'highest'}, ${short(lo)} to ${short(hi)}; the newest measurement of each run, mean over seeds${names.length > 2 ? ' and the other axes' : ''}. One number each: the verdict of the sweep says which differences count.` : '';
     drawCurves(); drawParallel(); choose();
@@ -129,7 +132,7 @@ export default { render({ model, el: host }) {
     hands.hidden = !can || !s.live; start.disabled = s.state === 'running' || s.state === 'stopping'; stop.disabled = s.state !== 'running'; plan.disabled = s.state === 'running';
     bar.value = s.progress || 0; where.textContent = s.text || ''; note.textContent = s.note || ''; note.className = s.error ? 'bad' : 'dim';
     start.textContent = s.state === 'stopped' ? 'Continue' : 'Start';
-    if (s.verdict) { note.textContent = s.verdict; }
+    verdict.textContent = s.verdict || '';
     choose();
   }
   let waiting = false;

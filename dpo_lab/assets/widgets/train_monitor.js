@@ -5,8 +5,8 @@ const PANELS = [
   { title: 'loss', lines: ['dpo_loss', 'loss'], band: true },
   { title: 'gradient norm', lines: ['grad_norm'], log: true },
   { title: 'KL from the reference, nats', lines: ['kl'], band: true },
-  { title: 'beta', lines: ['beta'], log: true },
-  { title: 'learning rate', lines: ['learning_rate'] },
+  { title: 'beta', lines: ['beta'], log: true, exact: true },
+  { title: 'learning rate', lines: ['learning_rate'], exact: true },
   { title: 'tokens a second', lines: ['tokens_per_second'] },
   { title: 'true reward', lines: ['true_reward'] },
 ];
@@ -47,7 +47,7 @@ export default { render({ model, el: host }) {
 
   const column = (points, name) => points.map(p => p[1][name] ?? null);
   function lines(points, p, prefix, k0, quiet) {
-    const out = [], x = points.map(q => q[0]), w = +smoothing.value;
+    const out = [], x = points.map(q => q[0]), w = p.exact ? 0 : +smoothing.value;    // a setting has no noise
     p.lines.forEach((name, i) => {
       const y = column(points, name);
       if (y.some(v => v !== null)) {
@@ -86,8 +86,9 @@ export default { render({ model, el: host }) {
     apply.title = s.steerable ? '' : 'these steps come from a loop of their own: only a Config or a run of run_dpo can be steered';
     for (const [field, name] of [[beta, 'dpo_beta'], [rate, 'learning_rate'], [loss, 'loss']]) if (!field.dataset.dirty && document.activeElement !== field) field.value = fields[name] ?? '';
     const steps = model.get('checkpoints') || [], was = back.value;
-    back.replaceChildren(...steps.map(v => el('option', { value: v }, `step ${v}`)), ...(steps.length ? [] : [el('option', { value: '' }, 'no checkpoint yet')]));
+    if (back.dataset.key !== `${steps}`) back.replaceChildren(...steps.map(v => el('option', { value: v }, `step ${v}`)), ...(steps.length ? [] : [el('option', { value: '' }, 'no checkpoint yet')]));
     if (steps.includes(+was) && was !== '') back.value = was; else if (steps.length) back.value = steps.at(-1);
+    back.dataset.key = `${steps}`;
     if (!steps.length) rewind.disabled = true;
     code.set(model.get('code'));
   }
