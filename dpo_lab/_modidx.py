@@ -74,6 +74,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                               'dpo_lab.data.audit_table': ('data.html#audit_table', 'dpo_lab/data.py'),
                               'dpo_lab.data.build_pairs': ('data.html#build_pairs', 'dpo_lab/data.py'),
                               'dpo_lab.data.builder_named': ('data.html#builder_named', 'dpo_lab/data.py'),
+                              'dpo_lab.data.check_path': ('data.html#check_path', 'dpo_lab/data.py'),
                               'dpo_lab.data.checked': ('data.html#checked', 'dpo_lab/data.py'),
                               'dpo_lab.data.convert': ('data.html#convert', 'dpo_lab/data.py'),
                               'dpo_lab.data.data_fingerprint': ('data.html#data_fingerprint', 'dpo_lab/data.py'),

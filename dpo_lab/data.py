@@ -29,11 +29,11 @@ from .renderers import nearest
 __all__ = ['Message', 'PARTS', 'TURN', 'ROLES', 'SPEAKERS', 'READS', 'TEST_ROWS', 'FORMS', 'HOW_TO_MAP', 'DATASETS',
            'PreferencePair', 'Drop', 'why_unusable', 'parse_transcript', 'transcript_pair', 'text_of', 'message',
            'messages_of', 'part_ways', 'as_pair', 'read_rows', 'from_json', 'quiet_datasets', 'open_splits',
-           'DPODatasetBuilder', 'open_source', 'checked', 'convert', 'prompt_key', 'take_test', 'Audit', 'Pairs',
-           'kept', 'build_pairs', 'spread', 'split_audit', 'data_fingerprint', 'overlap', 'audit_lines', 'audit_table',
-           'histogram_svg', 'audit_html', 'ends_of', 'stop_ids', 'token_audit', 'token_lines', 'HHH', 'HelpSteer3',
-           'rating', 'UltraFeedback', 'Tulu3', 'Arena', 'HelpSteer2', 'Toy', 'find_columns', 'Columns', 'builder_named',
-           'is_path', 'parse_spec', 'find_builder', 'load_pairs']
+           'DPODatasetBuilder', 'check_path', 'open_source', 'checked', 'convert', 'prompt_key', 'take_test', 'Audit',
+           'Pairs', 'kept', 'build_pairs', 'spread', 'split_audit', 'data_fingerprint', 'overlap', 'audit_lines',
+           'audit_table', 'histogram_svg', 'audit_html', 'ends_of', 'stop_ids', 'token_audit', 'token_lines', 'HHH',
+           'HelpSteer3', 'rating', 'UltraFeedback', 'Tulu3', 'Arena', 'HelpSteer2', 'Toy', 'find_columns', 'Columns',
+           'builder_named', 'is_path', 'parse_spec', 'find_builder', 'load_pairs']
 
 # %% ../nbs/02_data.ipynb #d87992f1
 Message = dict[str, str]
@@ -294,6 +294,14 @@ class DPODatasetBuilder:
         return as_pair(prompt, a, b, **extras) if score >= 0 else as_pair(prompt, b, a, **extras)
 
 # %% ../nbs/02_data.ipynb #8e5ae12b
+def check_path(
+    builder: DPODatasetBuilder, # may name a file or folder
+):
+    "Raise if there is no such file or folder."
+    path = builder.dataset_path
+    if path is not None and not Path(path).expanduser().exists():
+        raise FileNotFoundError(f"no file or folder {path!r}: check the path")
+
 def open_source(
     builder: DPODatasetBuilder, # says which file, folder, hub id or revision
 ) -> dict[str, Iterable[dict]]: # split -> rows
@@ -304,7 +312,7 @@ def open_source(
         if Path(hub).exists(): raise ValueError(f"{hub!r} is a folder here: give it as dataset_path=, or rename it")
         return open_splits(hub, config, revision or builder.hub_revision)
     if revision: raise ValueError(f"dataset_revision={revision!r} is for the hub, rows come from {path}: leave one out")
-    if not Path(path).expanduser().exists(): raise FileNotFoundError(f"no file or folder {path!r}: check the path")
+    check_path(builder)
     return open_splits(path, config)
 
 def checked(

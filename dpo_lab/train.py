@@ -564,9 +564,11 @@ def load_everything(
     exp: DPORun, # its config is settled; model, rows, objective and optimiser are set here
 ) -> dict: # facts for `config.json`
     "Load the model, the data, the reference, the objective and the optimiser of a run."
-    from dpo_lab.data import data_fingerprint
+    from dpo_lab.data import check_path, data_fingerprint, find_builder
     from dpo_lab.training import DPOObjective, check_reference, trainable_weights
     c: Any = exp.config     # resolved: what it leaves empty is meant to be
+    rows_at = dict(dataset_path=c.dataset_path) if c.dataset_path else {}
+    check_path(find_builder(c.dataset, **rows_at))      # a slip is told before a model is loaded
     load_model(exp)
     exp.pairs, exp.renderer, train, test, audit = exp.load_rows(c, exp.model, exp.tokenizer, exp.say)
     write_json(exp.path/'audit.json', audit)

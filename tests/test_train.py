@@ -295,3 +295,12 @@ def test_every_room_that_is_a_command_is_one_of_dpo_lab(capsys):
     assert cli(['--help']) == 0
     shown = capsys.readouterr().out.split('commands: ')[1].split()
     assert rooms <= {name.strip(',') for name in shown} and 'search' in rooms
+
+
+@pytest.mark.parametrize('slip, told', [(dict(dataset='pears.jsonl'), "no file or folder 'pears.jsonl'"),
+                                        (dict(dataset='hhh', dataset_path='pears'), "no file or folder 'pears'"),
+                                        (dict(dataset='helpster3'), 'helpsteer3')])
+def test_a_misspelt_data_set_is_told_before_a_model_is_loaded(slip, told, tmp_path, monkeypatch):
+    monkeypatch.setattr('dpo_lab.models.load_policy', lambda *words: pytest.fail('a model was loaded'))
+    with pytest.raises((ValueError, FileNotFoundError), match=told):
+        [*run_dpo(Config(log_path=f'{tmp_path}/run', **slip))]
