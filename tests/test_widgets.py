@@ -187,7 +187,7 @@ def test_a_click_is_heard_where_the_browser_sent_it_though_the_last_request_has_
     import comm
     Comm = pytest.importorskip('ipykernel.comm').Comm
     if not hasattr(Comm, '_reply_subshell_for'): pytest.skip('this ipykernel goes by the message alone')
-    monkeypatch.setattr(comm, 'create_comm', lambda *args, **more: Comm(*args, **more))
+    monkeypatch.setattr(comm, 'create_comm', lambda *args, **more: Comm(*args, show_warning=False, **more))
     explorer = LossExplorer()
     explorer.comm._reply_subshell_id = 'gone'
     assert isinstance(explorer.comm, Comm) and explorer.comm._reply_subshell_for({}, 'here') == 'here'
