@@ -183,6 +183,16 @@ def test_new_points_are_messages_and_a_browser_that_missed_some_gets_all(run):
     assert sent[0]['again'] and len(sent[0]['points']) == len(monitor.points) == 9
 
 
+def test_a_click_is_heard_where_the_browser_sent_it_though_the_last_request_has_gone(monkeypatch):
+    import comm
+    Comm = pytest.importorskip('ipykernel.comm').Comm
+    if not hasattr(Comm, '_reply_subshell_for'): pytest.skip('this ipykernel goes by the message alone')
+    monkeypatch.setattr(comm, 'create_comm', lambda *args, **more: Comm(*args, show_warning=False, **more))
+    explorer = LossExplorer()
+    explorer.comm._reply_subshell_id = 'gone'
+    assert isinstance(explorer.comm, Comm) and explorer.comm._reply_subshell_for({}, 'here') == 'here'
+
+
 def test_a_fork_that_is_refused_leaves_nothing_behind(tmp_path):
     monitor = TrainMonitor(asked(tmp_path/'run', max_steps=30))
     until(lambda: monitor.points)
