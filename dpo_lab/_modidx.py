@@ -929,6 +929,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                  'dpo_lab.widgets.FollowedRun.complain': ('widgets.html#followedrun.complain', 'dpo_lab/widgets.py'),
                                  'dpo_lab.widgets.FollowedRun.has_ended': ('widgets.html#followedrun.has_ended', 'dpo_lab/widgets.py'),
                                  'dpo_lab.widgets.FollowedRun.show': ('widgets.html#followedrun.show', 'dpo_lab/widgets.py'),
+                                 'dpo_lab.widgets.FollowedRun.silence': ('widgets.html#followedrun.silence', 'dpo_lab/widgets.py'),
                                  'dpo_lab.widgets.FollowedRun.take': ('widgets.html#followedrun.take', 'dpo_lab/widgets.py'),
                                  'dpo_lab.widgets.FollowedRun.tell': ('widgets.html#followedrun.tell', 'dpo_lab/widgets.py'),
                                  'dpo_lab.widgets.FollowedSweep': ('widgets.html#followedsweep', 'dpo_lab/widgets.py'),

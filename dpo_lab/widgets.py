@@ -179,6 +179,13 @@ class FollowedRun(RunPoints):
     @property
     def has_ended(self) -> bool: return bool(self.events) and self.events[-1]['event'] == 'finished'
 
+    def silence(self) -> str:
+        "How long a run that somebody else trains has written nothing, if that is long."
+        if self.live or not self.path or self.has_ended: return ''
+        minutes = (time.time() - max(p.stat().st_mtime for p in Path(self.path).iterdir()))/60
+        long = f'{minutes:.0f} minutes' if minutes < 120 else f'{minutes/60:.0f} hours'
+        return f'nothing new for {long}' if minutes > 3 else ''
+
     def tell(self):
         "State, fields and what can be done."
         live = self.live
@@ -187,8 +194,8 @@ class FollowedRun(RunPoints):
         if state == 'running' and live and live.wanted != 'running':        # heard; the step in hand ends first
             state = {'paused': 'pausing', 'stopped': 'stopping'}[live.wanted]
         status = {'state': state, 'step': step, 'told': round(live.told, 3) if live else None,
-                  'note': self.trouble or (live.note if live else ''), 'live': live is not None, 'every': self.drawn,
-                  'steerable': bool(live and live.steerable), 'path': str(self.path or ''),
+                  'note': self.trouble or (live.note if live else self.silence()), 'live': live is not None,
+                  'every': self.drawn, 'steerable': bool(live and live.steerable), 'path': str(self.path or ''),
                   'total': live.total if live else Run(self.path).config.get('total_steps')}
         if live and live.steerable: fields = course_at(live.source, live.next_step)
         elif self.feed:

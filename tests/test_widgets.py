@@ -1,6 +1,7 @@
 "Widgets without a browser and without a kernel: messages in, state out. JavaScript's losses against chapter `losses`."
 import json
 import math
+import os
 import shutil
 import subprocess
 import time
@@ -165,6 +166,16 @@ def test_a_monitor_follows_a_folder_that_another_process_writes(run, tmp_path):
     until(lambda: [p[0] for p in monitor.points] == [0, 1])
     RunWriter(path).event(2, 'finished')
     until(lambda: monitor.status['state'] == 'finished')
+
+
+def test_a_followed_run_that_has_gone_silent_says_so(run, tmp_path):
+    shutil.copytree(run.path, path := tmp_path/'run')
+    (path/'events.jsonl').write_text('')
+    for file in path.iterdir(): os.utime(file, (time.time() - 3600,)*2)
+    monitor = TrainMonitor(path)
+    assert monitor.status['note'] == 'nothing new for 60 minutes'
+    RunWriter(path).metrics(8, {'margin': 1.})
+    until(lambda: monitor.status['note'] == '')
 
 
 def test_a_monitor_takes_the_steps_of_any_loop(tiny_rows):
