@@ -21,8 +21,8 @@ def readme():
         if not re.search(r'^#\|\s*(hide|echo: false)', source, re.M): parts.append(f'```python\n{source}\n```')
         printed = '\n'.join(filter(None, map(text_of, cell['outputs'])))
         if printed and not printed.startswith('<Figure'): parts.append(f'```\n{printed}\n```')
-    text = '\n\n'.join(parts).replace('](../', '](')
-    return re.sub(r'\]\((images/|tutorials/|\d\d\w*\.ipynb)', r'](nbs/\1', text) + '\n'
+    def from_root(link): return f"]({link[1].removeprefix('../') if link[1].startswith('../') else f'nbs/{link[1]}'})"
+    return re.sub(r'\]\((?!\w+:|#)([^)]+)\)', from_root, '\n\n'.join(parts)) + '\n'
 
 
 if __name__ == '__main__': (ROOT/'README.md').write_text(readme())

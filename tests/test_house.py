@@ -87,6 +87,12 @@ def test_the_readme_is_the_index():
     assert (ROOT/'README.md').read_text() == runpy.run_path(str(ROOT/'.ci'/'readme.py'))['readme'](), 'run: make readme'
 
 
+@pytest.mark.parametrize('page', ['README.md', 'CONTRIBUTING.md', 'CHANGELOG.md'])
+def test_links_of_a_page_lead_somewhere(page):
+    links = re.findall(r'\]\((?!\w+:|#)([^)#]+)', (ROOT/page).read_text())
+    assert not [link for link in links if not (ROOT/link).exists()]
+
+
 def test_run_all_in_a_notebook_starts_no_command():
     guards = [line for path in (ROOT/'nbs').glob('*.ipynb') for line in path.read_text().splitlines()
               if "if __name__ == '__main__'" in line]
