@@ -172,6 +172,7 @@ def paired(
     difference, low, high = difference_interval(base, tuned, range(len(base)) if groups is None else groups, right)
     return dict(base=fmean(base), tuned=fmean(tuned), difference=difference, low=low, high=high, n=len(base))
 
+# %% ../nbs/13_evals.ipynb #e12271ad
 def compare(
     base: Any,                  # the kinds that `evaluate` takes
     tuned: Any,                 # the other

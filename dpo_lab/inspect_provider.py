@@ -179,6 +179,7 @@ def _json_keys(text, *keys):
     except ValueError: return False
     return isinstance(found, dict) and set(found) == set(keys)
 
+# %% ../nbs/12b_inspect_provider.ipynb #9fe74485
 TOPICS = ('the sea', 'a good breakfast', 'learning to cycle', 'winter in the city')
 INSTRUCTIONS: dict[str, tuple[str, Callable[[str], bool]]] = {
     'one_sentence': ('Write exactly one sentence about {}.',

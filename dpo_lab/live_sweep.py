@@ -45,6 +45,7 @@ class Pending:
         if self.stop.is_set(): raise Stopped
         return self.future.result()
 
+# %% ../nbs/16c_live_sweep.ipynb #70adc2d1
 class LiveSweep:
     "A grid that trains in processes while a person watches."
     def __init__(self,

@@ -76,6 +76,7 @@ class Seat(DPOObjective):
     def __call__(self, model: nn.Module, batches: Sequence[PairBatch], step: int) -> tuple[dict, list[dict]]:
         return self.rounds.result(self.place, batches, step)
 
+# %% ../nbs/16d_lockstep.ipynb #1583a957
 class Rounds:
     "Gradients and updates of several runs, made for all of them at once."
     def __init__(self, runs: Sequence[DPORun]):
@@ -145,6 +146,7 @@ def walk(
             ended[names[place]] = {'seconds': share, 'error': error, 'traceback': trace}
         if shown: yield shown
 
+# %% ../nbs/16d_lockstep.ipynb #df049c5e
 def train_together(
     sweep: Sweep,       # laid out
     most: int=16,       # points at one table: each keeps its activations in memory

@@ -170,6 +170,7 @@ def _whole(groups: list[Tensor], plan: AttentionPlan, K: int) -> Tensor:
              for g, (n, L) in zip(groups, plan.shapes)]
     return torch.cat(parts, 1)
 
+# %% ../nbs/05_logprobs.ipynb #12ef8eea
 class _PackedAttention(torch.autograd.Function):
     "`pair_attention` of every group of a packed row; also gives what the way back needs."
     generate_vmap_rule = True       # a stack of models goes through it too

@@ -505,6 +505,7 @@ def collect(
     write_json(folder/'round.json', facts)      # the last, so that where it is the round is whole
     return facts
 
+# %% ../nbs/12_onpolicy.ipynb #53448612
 def write_rows(
     path: Path,         # a .jsonl file
     rows: list[dict],   # its lines
@@ -615,6 +616,7 @@ class OnPolicyRun:
                              "for more prompts or answers, a smaller batch_size or margin, or another judge")
         return Round(n, facts, folder, None if done else run_dpo(config, self.say))
 
+# %% ../nbs/12_onpolicy.ipynb #de2f9c32
 def run_onpolicy(
     config: OnPolicyConfig,         # what is asked
     say: Callable=print,            # one line for the person at the screen

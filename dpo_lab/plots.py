@@ -115,6 +115,7 @@ def plot_rewards(
         axes[0][0].legend(title=None)
     return fig
 
+# %% ../nbs/16_plots.ipynb #6038af12
 def plot_logratios(
     source: Any,            # a run, its folder, steps, or pair records
     split: str='test',      # 'test' or 'train'
@@ -186,6 +187,7 @@ def plot_sweep(
                     cbar_kws={'label': f'held-out {metric}'})
     return fig
 
+# %% ../nbs/16_plots.ipynb #435db115
 def plot_slices(
     sweep: Sweep,                   # with finished points
     metric: str='accuracy',         # held-out

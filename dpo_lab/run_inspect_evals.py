@@ -80,6 +80,7 @@ def evaluate_model(
     if not logs: raise ValueError(f"tasks={c.tasks}: inspect finds no such task; ours are {', '.join(TASKS)}")
     return logs
 
+# %% ../nbs/13b_run_inspect_evals.ipynb #c5ecff49
 def sample_values(
     log: Any,   # of inspect
 ) -> dict[str, dict[tuple, float]]: # score -> (sample, epoch) -> value

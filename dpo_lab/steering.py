@@ -74,6 +74,7 @@ def rewind(
     run.start = continue_run(run, {})
     run.steps, run.held = run_steps(run), None
 
+# %% ../nbs/10b_steering.ipynb #43cea0ef
 def fork(
     source: Path|str,           # folder of a run
     log_path: Path|str,         # the new folder

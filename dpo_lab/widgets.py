@@ -40,6 +40,7 @@ def trait(kind: Callable, default: Any) -> Any:
     "A trait that the browser mirrors."
     return kind(default).tag(sync=True)
 
+# %% ../nbs/17_widgets.ipynb #401d9bcd
 class LabWidget(anywidget.AnyWidget):
     "A widget whose messages call its hands."
     _esm = script()
@@ -77,6 +78,7 @@ class LabWidget(anywidget.AnyWidget):
             if event: event.set()       # none, where a widget was refused before it began
         super().close()
 
+# %% ../nbs/17_widgets.ipynb #3645308d
 def name_of(source: Any) -> str:
     "A run or a folder, as one would write it in Python."
     path = getattr(source, 'path', source)
