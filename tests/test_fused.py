@@ -36,13 +36,66 @@ def test_fused_equals_plain_layers(name, dtype, tolerance):
         assert kinds(model) == ({'RMSNorm', 'MLP'} if name in NORM_AND_MLP else set())
 
 
-def test_fused_equals_plain_layers_with_adapters():
-    model, batch = add_lora(random_model('llama'), 4), collate(random_rows(8))
+def adapted(**kind):
+    "A Llama with adapters that do something."
+    from peft import LoraConfig, get_peft_model
+    model = get_peft_model(random_model('llama'), LoraConfig(r=4, lora_alpha=8, target_modules='all-linear', **kind))
+    g = torch.Generator().manual_seed(1)
     for name, p in model.named_parameters():
-        if 'lora_B' in name: torch.nn.init.normal_(p, std=.1)
+        if 'lora_B' in name: p.data.normal_(std=.1, generator=g)
+    return model.eval()
+
+@pytest.mark.parametrize('name', ['llama', 'qwen2'])            # without and with biases
+def test_fused_equals_plain_layers_with_adapters(name):
+    model, batch = add_lora(random_model(name), 4), collate(random_rows(8))
+    for weight, p in model.named_parameters():
+        if 'lora_B' in weight: torch.nn.init.normal_(p, std=.1)
     (plain, plain_grad), (fused, fused_grad) = (gradients(model, batch, way) for way in ('packed', 'packed_fused'))
     assert (fused - plain).abs().max() < 1e-4 and (fused_grad - plain_grad).norm() < 1e-5 * plain_grad.norm()
-    assert all(p.grad is None for name, p in model.named_parameters() if 'lora_' not in name)
+    assert all(p.grad is None for weight, p in model.named_parameters() if 'lora_' not in weight)
+    assert 'Linear' in {type(module).__name__ for module, _ in fusible(model.get_base_model())}
+
+
+def test_fused_adapters_in_bfloat16_are_as_near_to_float32_as_plain_ones():
+    batch = collate(random_rows(8))
+    _, want = gradients(adapted(), batch, 'packed')
+    model = adapted()
+    for name, p in model.named_parameters():
+        if 'lora_' not in name: p.data = p.data.bfloat16()
+    off = [(gradients(model, batch, way)[1] - want).norm() for way in ('packed', 'packed_fused')]
+    assert off[1] < 1.3 * off[0] and off[1] < .1 * want.norm()
+
+
+def switched_off(model): model.base_model.disable_adapter_layers()
+def merged(model): model.merge_adapter()
+def two(model):
+    model.add_adapter('more', model.peft_config['default'])
+    model.base_model.set_adapter(['default', 'more'])
+def unfrozen(model): model.get_base_model().model.layers[0].mlp.up_proj.base_layer.weight.requires_grad_()
+
+@pytest.mark.parametrize('kind, change', [
+    ({}, switched_off), ({}, merged), ({}, two), ({}, unfrozen),
+    (dict(use_dora=True), None), (dict(lora_bias=True), None), (dict(use_rslora=True), None)],
+    ids=['off', 'merged', 'two', 'unfrozen', 'dora', 'bias', 'rslora'])
+def test_adapters_that_are_not_plain_run_as_peft_runs_them(kind, change):
+    model, batch = adapted(**kind), collate(random_rows(6))
+    if change: change(model)
+    find_layout(model)
+    params = [p for p in model.parameters() if p.requires_grad]
+    found = []
+    for layout in ('packed', 'packed_fused'):
+        tokens = TOKEN_LOGPS[layout](model, batch)
+        grads = torch.autograd.grad(tokens.sum(), params, allow_unused=True) if tokens.requires_grad else []
+        found.append((tokens, torch.cat([grad.flatten() for grad in grads if grad is not None] or [tokens])))
+    for plain, fused in zip(*found): assert (plain - fused).norm() < 1e-4 * plain.norm()
+
+
+def test_dropout_of_adapters_is_not_fused_away():
+    model, batch = adapted(lora_dropout=.5), collate(random_rows(6))
+    find_layout(model)
+    model.train()
+    with torch.no_grad(): first, second = (TOKEN_LOGPS['packed_fused'](model, batch) for _ in range(2))
+    assert (first - second).abs().max() > 1e-4
 
 
 def test_fused_layers_in_bfloat16_are_as_near_to_float32_as_plain_ones():

@@ -9,8 +9,8 @@ from hypothesis import strategies as st
 
 from dpo_lab.batches import collate, encode_pairs, pack
 from dpo_lab.data import load_pairs
-from dpo_lab.logprobs import (GROUP_WASTE, LAYOUTS, at_least_float32, completion_confidence, completion_kl, find_layout,
-                              groups_of, pair_logps, restore_attention, scored_log_softmax, token_logps)
+from dpo_lab.logprobs import (BLOCK, GROUP_WASTE, LAYOUTS, at_least_float32, completion_confidence, completion_kl,
+                              find_layout, groups_of, pair_logps, restore_attention, scored_log_softmax, token_logps)
 from dpo_lab.renderers import get_renderer
 
 PACKED = ['llama', 'qwen2', 'qwen3', 'mistral', 'gemma2', 'gemma3', 'phi', 'olmo2', 'smollm3', 'gpt2', 'gpt_neox']
@@ -30,7 +30,8 @@ def one_by_one(model, row):
 @pytest.mark.parametrize('name', PACKED)
 @pytest.mark.parametrize('dtype, tolerance', [(torch.float32, 1e-4), (torch.float64, 1e-10)])
 @torch.no_grad()
-def test_packed_equals_plain(name, dtype, tolerance):
+def test_packed_equals_plain(name, dtype, tolerance, monkeypatch):
+    monkeypatch.setitem(BLOCK, 'cpu', 8)                    # so that these short pairs are several blocks
     model, rows = random_model(name, dtype), random_rows(16)
     plain = torch.stack([one_by_one(model, row) for row in rows], 1)
     packed = pair_logps(model, collate(rows))
@@ -39,6 +40,18 @@ def test_packed_equals_plain(name, dtype, tolerance):
     assert find_layout(model).startswith('packed')
     if (name, dtype) != ('gemma2', torch.float64):      # transformers' own padded Gemma 2 gives NaN in float64
         assert (pair_logps(model, collate(rows), layout='padded') - plain).abs().max() < tolerance
+
+
+@pytest.mark.parametrize('block', [8, 128])
+@pytest.mark.parametrize('name', ['llama', 'mistral', 'gemma2', 'gpt2'])    # shared keys, a window, squashed scores
+def test_gradient_packed_equals_padded(name, block, monkeypatch):
+    monkeypatch.setitem(BLOCK, 'cpu', block)
+    model, batch, found = random_model(name), collate(random_rows(8)), []
+    weights = torch.linspace(-1, 1, 2*len(batch)).view(2, -1)
+    for layout in ('packed', 'padded'):
+        grads = torch.autograd.grad((pair_logps(model, batch, layout) * weights).sum(), list(model.parameters()))
+        found.append(torch.cat([grad.flatten() for grad in grads]))
+    assert (found[0] - found[1]).norm() < 1e-4 * found[1].norm()
 
 
 @pytest.mark.parametrize('products, tolerance', [('highest', 1e-4), ('medium', 3e-4)])
