@@ -5,8 +5,9 @@
 Both first have to agree on log-probs, loss and gradient of the same pairs, or no speed is printed. TRL runs in three
 ways. `trl_tuned`: reference precomputed, micro-batch and attention searched on pairs that are not timed, and the
 float32 products and the fused optimiser that dpo_lab uses. `trl_stock`: reference precomputed, one pair at a time, its
-own attention and PyTorch's default products. `trl_documented`: as its documentation starts it, with a live reference
-and the whole batch at once. The allocator settings of the environment hold for all.
+own attention and PyTorch's default products. `trl_documented`: as its documentation starts it, with a live reference,
+the whole batch at once and gradient checkpointing, which is its default. The allocator settings of the environment
+hold for all.
 """
 import gc
 import json
@@ -45,14 +46,14 @@ class Bench:
     renderer_name: str|None = chz.field(default=None, doc="as in dpo_lab.train")
     pairs: int = chz.field(default=48, doc="timed pairs, at most")
     minutes: float = chz.field(default=60., doc="no step is timed that would begin later than this")
-    prompt_share: float = chz.field(default=0., doc="least mean share of the prompt in the tokens of the two sides")
+    prompt_share: float|None = chz.field(default=None, doc="share of the prompt in the tokens of the two sides")
     batch_size: int = chz.field(default=8, doc="pairs in an optimiser step")
     max_length: int = chz.field(default=512, doc="tokens of a side")
     dtype: str = chz.field(default='float32', doc="of the weights")
     lora_rank: int = chz.field(default=0, doc="rank of the adapters; 0 trains all weights")
     micro_batches: str = chz.field(default='1,2,4,8', doc="sizes that TRL may try")
     attentions: str = chz.field(default='eager,sdpa', doc="attentions that TRL may try")
-    ways: str = chz.field(default='tuned,stock,documented', doc="how TRL runs; documented takes 12 GB and more")
+    ways: str = chz.field(default='tuned,stock,documented', doc="how TRL runs; documented alone takes least memory")
     contestant: str|None = chz.field(default=None, doc="run only this one for two steps, and print its peak memory")
     out: str|None = chz.field(default=None, doc="JSON lines file that the result is added to")
 
@@ -82,6 +83,9 @@ class Peer:
         from datasets import Dataset
         from trl import DPOConfig, DPOTrainer
         base_transformer(model).set_attn_implementation(attention)
+        if live:
+            model.gradient_checkpointing_enable(dict(use_reentrant=False))
+            model.train()                               # which checkpointing asks for; no dropout is left in it
         self.model, self.optimizer, self.micro = model, make_optimizer(model, RATE), micro
         dummy = Dataset.from_list([dict(prompt='a', chosen='b', rejected='c')])
         args = DPOConfig(output_dir=tempfile.mkdtemp(), beta=BETA, max_length=c.max_length, report_to=[], bf16=False,
@@ -177,11 +181,12 @@ def prompt_share(rows):
     return twice / (twice + sum(len(row.chosen) + len(row.rejected) for row in rows))
 
 
-def prompt_heavy(rows, least):
-    "The most pairs whose prompts together have this share, in their order."
-    by_share = sorted(rows, key=lambda row: -prompt_share([row]))
-    while by_share and prompt_share(by_share) < least: by_share.pop()
-    kept = {row.index for row in by_share}
+def with_share(rows, wanted):
+    "The most pairs, in their order, whose prompts together have this share, by leaving out those furthest from it."
+    low = prompt_share(rows) < wanted
+    chosen = sorted(rows, key=lambda row: prompt_share([row]), reverse=low)
+    while chosen and (prompt_share(chosen) < wanted) == low: chosen.pop()
+    kept = {row.index for row in chosen}
     return [row for row in rows if row.index in kept]
 
 
@@ -192,7 +197,7 @@ class Place:
         renderer = c.renderer_name or recommended_renderer(self.tokenizer, model.config)[0]
         pairs = load_pairs(c.dataset, c.dataset_path).train
         rows = encode_pairs(pairs, get_renderer(renderer, self.tokenizer), max_length=c.max_length)
-        rows = prompt_heavy(rows, c.prompt_share)
+        if c.prompt_share is not None: rows = with_share(rows, c.prompt_share)
         self.rows, self.others = rows[:c.pairs], rows[c.pairs:c.pairs + c.batch_size]
         if len(self.others) < c.batch_size: raise SystemExit(f'{len(rows)} pairs are too few for pairs={c.pairs}')
     def __getattr__(self, name): return getattr(self.c, name)
@@ -230,8 +235,11 @@ def main(c):
     print('  they differ by', ', '.join(f'{k} {v:.1e}' for k, v in differ.items()))
     if any(value > limit for value, limit in zip(differ.values(), TOLERANCE[c.dtype])):
         raise SystemExit(f'dpo_lab and TRL do not compute the same thing: {differ}, allowed {TOLERANCE[c.dtype]}')
+    padded = sum(peer.inputs(part)['input_ids'].numel() for part in peer.chunks(place.rows))
     ways = {'tuned': lambda: peer, 'stock': lambda: Peer(place, place.model(), 1, 'sdpa'),
             'documented': lambda: Peer(place, place.model(), c.batch_size, 'sdpa', live=place.model())}
+    if 'tuned' not in c.ways: peer = None
+    gc.collect()                # a trainer holds itself
     contestants = {'dpo_lab': ours} | {f'trl_{way}': ways[way]() for way in c.ways.split(',')}
     ready, reference, steps = {}, {}, {name: [] for name in contestants}
     end = time.monotonic() + 60*c.minutes
@@ -248,7 +256,6 @@ def main(c):
             use_exact_products()
         print(f'  step {i//c.batch_size}:', ', '.join(f'{k} {v[-1]:.3f}' for k, v in steps.items()), 's a pair')
     median = {name: statistics.median(seconds) for name, seconds in steps.items()}
-    padded = sum(peer.inputs(part)['input_ids'].numel() for part in peer.chunks(place.rows))
     tuned = chz.replace(c, micro_batches=str(best['micro']), attentions=best['attention'])
     result = {
         'asked': {k: v for k, v in chz.asdict(c).items() if k not in ('out', 'contestant', 'dataset_path')}
