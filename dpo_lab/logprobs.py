@@ -420,7 +420,7 @@ def refusal(
     if getattr(model, '_supports_attention_backend', False): return None
     return 'transformers offers no choice of attention for it'
 
-# %% ../nbs/05_logprobs.ipynb #337216bc
+# %% ../nbs/05_logprobs.ipynb #783c3b1c
 def probe(
     model: Any, # a transformers model in evaluation mode
 ) -> tuple[str, str|None]: # a key of `TOKEN_LOGPS`, and if it is 'padded' the reason
@@ -447,20 +447,24 @@ def find_layout(
     inner, was_training = base_transformer(model), model.training
     if inner in LAYOUTS: return LAYOUTS[inner]
     model.eval()                        # dropout would make any two layouts differ
-    try: LAYOUTS[inner], why = probe(inner)
+    try:
+        with torch.autocast(next(model.parameters()).device.type, enabled=False): LAYOUTS[inner], why = probe(inner)
     finally: model.train(was_training)
     if why:
         warnings.warn(f'{type(inner).__name__} runs on plain padded rows, slower and with the same numbers: {why}',
                       stacklevel=2)
     return LAYOUTS[inner]
 
-# %% ../nbs/05_logprobs.ipynb #8955ae15
+# %% ../nbs/05_logprobs.ipynb #1d698dd3
 def token_logps(
     model: nn.Module,           # a causal language model
     batch: PairBatch,           # B packed pairs, S scored tokens
     layout: str|None=None,      # a key of `TOKEN_LOGPS`; None: the fastest that is exact
 ) -> Tensor: # `(S,)` nats
     "Log-probability of each scored token."
+    if torch.is_autocast_enabled(batch.input_ids.device.type) and layout != 'padded':
+        raise ValueError("token_logps: torch.autocast is on, and the gradients of packed layouts are for one dtype: "
+                         "load the model with dtype='bfloat16' instead, or ask for layout='padded'")
     found = find_layout(model)      # also where a layout is asked for: it puts the packed attention in use
     return TOKEN_LOGPS[layout or found](model, batch)
 

@@ -284,8 +284,9 @@ def test_a_sweep_is_started_watched_stopped_continued_and_chosen_from(page):
     panel.get_by_role('button', name='Start').click()
     until(lambda: panel.locator('.heat .cell').count() == 9)
     until(lambda: any(cell[:1].isdigit() for cell in panel.locator('.heat .cell').all_inner_texts()))   # a value came
-    panel.get_by_role('button', name='Stop').click()
+    panel.get_by_role('button', name='Stop').press('Enter')
     until(lambda: state(panel) == 'stopped')
+    assert panel.locator('button:focus').count() == 1       # Stop switched itself off; the keyboard is still here
     panel.get_by_role('button', name='Continue').click()
     until(lambda: state(panel) == 'finished', 200)
     assert panel.locator('.heat').inner_text().count('done') == 9

@@ -110,6 +110,14 @@ def test_a_model_that_cannot_be_packed_says_so_once_and_gives_the_same_numbers()
 
 
 @torch.no_grad()
+def test_autocast_is_refused_in_one_sentence():
+    model, batch = random_model('llama'), collate(random_rows(4))
+    with torch.autocast('cpu', torch.bfloat16):
+        with pytest.raises(ValueError, match="dtype='bfloat16'.*layout='padded'"): token_logps(model, batch)
+        assert token_logps(model, batch, layout='padded').shape == batch.targets.shape
+    assert find_layout(model) == 'packed_fused'
+
+
 def test_a_wrong_attention_is_caught_by_the_probe(monkeypatch):
     import dpo_lab.logprobs as L
     def rejected_sees_chosen(p, c, r, window=None, device=None): return torch.ones(p+c+r, p+c+r).tril().bool()

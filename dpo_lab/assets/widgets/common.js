@@ -102,6 +102,13 @@ function frame(el0, label) {
   return { root, plots, retheme, close() { window.removeEventListener('keydown', keep, true); watch.disconnect(); media.removeEventListener('change', retheme); } };
 }
 
+// A button that switches itself off hands the focus on, so that the next key is still heard here.
+function keepFocus(root, update) {
+  const at = root.getRootNode().activeElement;
+  update();
+  if (at?.disabled && root.contains(at)) root.querySelector('button:not(:disabled)')?.focus();
+}
+
 // The line of Python that a widget stands for, and a button that copies it.
 function codeLine() {
   const code = el('code', { 'aria-label': 'Python for what is shown', tabIndex: 0 });
@@ -242,12 +249,15 @@ class Plot {
       }
       if (!s.points || s.join) {
         g.lineWidth = s.width || 1.6; g.globalAlpha = s.alpha ?? 1; if (s.dash) g.setLineDash(s.dash); g.beginPath();
-        let open = false;
+        let open = false, drawn = 0, last;
         for (let i = 0; i < s.x.length; i++) {
           if (!ok(s.y[i]) || (this.logx && !(s.x[i] > 0))) { if (s.y[i] === undefined || !s.bridge) open = false; continue; }
-          g[open ? 'lineTo' : 'moveTo'](this.px(s.x[i]), this.py(s.y[i])); open = true;
+          last = [this.px(s.x[i]), this.py(s.y[i])]; drawn++;
+          g[open ? 'lineTo' : 'moveTo'](...last); open = true;
         }
-        g.stroke(); g.setLineDash([]); g.globalAlpha = 1;
+        g.stroke(); g.setLineDash([]);
+        if (drawn === 1 && !s.points) { g.beginPath(); g.arc(...last, 2.4, 0, 7); g.fill(); }   // a line of one point
+        g.globalAlpha = 1;
       }
     }
     for (const d of this.dots) { if (!ok(d.y)) continue; g.globalAlpha = d.alpha ?? .35; g.fillStyle = typeof d.color === 'number' ? palette[d.color] : d.color; g.beginPath(); g.arc(this.px(d.x), this.py(d.y), d.r || 2.4, 0, 7); g.fill(); }

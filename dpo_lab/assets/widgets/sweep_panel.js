@@ -145,7 +145,7 @@ export default { render({ model, el: host }) {
   };
   model.on('msg:custom', hear);
   for (const name of ['points', 'axes', 'chosen']) model.on(`change:${name}`, later);
-  for (const name of ['status', 'code']) model.on(`change:${name}`, status);
+  for (const name of ['status', 'code']) model.on(`change:${name}`, () => keepFocus(root, status));
   metric.onchange = xAxis.onchange = yAxis.onchange = later;
   status(); draw(); ask({ do: 'sync' });
   return () => { model.off?.('msg:custom', hear); ui.close(); };

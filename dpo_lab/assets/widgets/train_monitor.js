@@ -109,7 +109,7 @@ export default { render({ model, el: host }) {
   };
   model.on('msg:custom', hear);
   for (const name of ['points', 'events', 'overlays']) model.on(`change:${name}`, later);
-  for (const name of ['status', 'fields', 'checkpoints', 'code']) model.on(`change:${name}`, status);
+  for (const name of ['status', 'fields', 'checkpoints', 'code']) model.on(`change:${name}`, () => keepFocus(root, status));
   model.on('change:samples', samples);
   smoothing.oninput = bands.onchange = over.onchange = later;
   status(); draw(); samples(); ask({ do: 'sync' });
