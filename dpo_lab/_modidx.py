@@ -332,6 +332,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                   'dpo_lab.logprobs.shared_prompt_attention': ( 'logprobs.html#shared_prompt_attention',
                                                                                 'dpo_lab/logprobs.py'),
                                   'dpo_lab.logprobs.target_logps': ('logprobs.html#target_logps', 'dpo_lab/logprobs.py'),
+                                  'dpo_lab.logprobs.token_entropy': ('logprobs.html#token_entropy', 'dpo_lab/logprobs.py'),
                                   'dpo_lab.logprobs.token_logps': ('logprobs.html#token_logps', 'dpo_lab/logprobs.py'),
                                   'dpo_lab.logprobs.tree_mask': ('logprobs.html#tree_mask', 'dpo_lab/logprobs.py'),
                                   'dpo_lab.logprobs.use_exact_products': ('logprobs.html#use_exact_products', 'dpo_lab/logprobs.py'),

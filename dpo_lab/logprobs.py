@@ -9,7 +9,8 @@ __all__ = ['GROUP_AREA', 'GROUP_WASTE', 'BLOCK', 'HEAD_CHUNK', 'KEEP_BYTES', 'TO
            'use_shared_prompt_attention', 'restore_attention', 'base_transformer', 'scored_head', 'packed_inputs',
            'packed_token_logps', 'packed_fused_token_logps', 'packed_logits', 'packed_logits_token_logps', 'probe_rows',
            'alone', 'refusal', 'probe', 'find_layout', 'token_logps', 'pair_logps', 'scored_log_softmax',
-           'completion_confidence', 'completion_kl', 'product_error', 'use_exact_products', 'use_fitting_threads']
+           'completion_confidence', 'completion_kl', 'token_entropy', 'product_error', 'use_exact_products',
+           'use_fitting_threads']
 
 # %% ../nbs/05_logprobs.ipynb #656080af
 import sys
@@ -505,6 +506,16 @@ def completion_kl(
     "Sum over scored tokens of KL(reference || policy) over the vocabulary: TDPO (Zeng et al. 2024), eq. 13."
     ref = reference(batch)
     return sum_by_completion((ref.exp() * (ref - scored_log_softmax(model, batch))).sum(-1), batch)
+
+# %% ../nbs/05_logprobs.ipynb #a373fad7
+@torch.no_grad()
+def token_entropy(
+    model: nn.Module, # a causal language model
+    batch: PairBatch, # packed pairs
+) -> tuple[Tensor, Tensor]: # `(S,)` nats; `(S,)` 1 where the token is the likeliest, else 0
+    "Entropy at each scored position, and whether its token comes first."
+    logp = scored_log_softmax(model, batch)
+    return torch.special.entr(logp.exp()).sum(-1), (logp.argmax(-1) == batch.targets).to(logp.dtype)
 
 # %% ../nbs/05_logprobs.ipynb #804673f7
 EXACT = 1e-6    # relative error of a float32 product that still counts as float32

@@ -14,7 +14,7 @@ __all__ = ['RULES', 'CHOICES', 'DEFAULTS', 'TINY_DEFAULTS', 'CANNOT_CHANGE', 'OF
            'command_line', 'next_steps', 'parse', 'ask_person', 'run_command', 'main', 'quiet_libraries', 'open_lab',
            'cli']
 
-# %% ../nbs/09_train.ipynb #2fe88477
+# %% ../nbs/09_train.ipynb #be139f5e
 import json
 import math
 import os
@@ -35,7 +35,7 @@ import chz
 from .renderers import nearest
 from .runs import BEHAVIORS, Run, RunWriter, environment, new_run_path, read_jsonl, settle_existing, write_json
 
-# %% ../nbs/09_train.ipynb #3fa0e3fa
+# %% ../nbs/09_train.ipynb #b4027087
 def field(default, doc: str) -> Any:
     "A field of a config: its default and the sentence that explains it everywhere."
     return chz.field(default=default, doc=doc)
@@ -79,6 +79,7 @@ class Config:
     adam_eps: float = field(1e-8, "Adam's epsilon")
     eval_every: int = field(50, "steps between evaluations on held-out pairs; 0 only at the start and the end")
     infrequent_eval_every: int = field(0, "steps between sampled answers; 0 only at the start and the end")
+    entropy: bool = field(False, "also tell entropy and top-1 agreement on held-out pairs, for another pass over them")
     save_every: int = field(100, "steps between checkpoints; 0 only at the end")
     keep_checkpoints: int = field(2, "how many of the newest checkpoints stay")
     seed: int = field(0, "of data order, adapters and samples")
@@ -123,7 +124,7 @@ CHOICES = {
     'behavior_if_log_dir_exists': BEHAVIORS, 'tracker': ('none', 'wandb', 'trackio', 'tensorboard'),
 }
 
-# %% ../nbs/09_train.ipynb #ae5369ce
+# %% ../nbs/09_train.ipynb #32734949
 def check_ranges(
     config, # what is asked
 ):
@@ -408,7 +409,7 @@ def interrupt_later(
     try: yield heard
     finally: signal.signal(signal.SIGINT, before)
 
-# %% ../nbs/09_train.ipynb #284bacf4
+# %% ../nbs/09_train.ipynb #1fd52ad9
 class Experiment:
     "An experiment under way: an iterator of `StepMetrics` that writes a run folder."
     command: str                # `train` or `sft`: what began a run continues it
@@ -465,7 +466,7 @@ class Experiment:
         self.writer.event(metrics.step, 'interrupted')
         raise KeyboardInterrupt
 
-# %% ../nbs/09_train.ipynb #d546a306
+# %% ../nbs/09_train.ipynb #3c321244
 class DPORun(Experiment):
     "A DPO experiment under way."
     command, suits = 'train', (TINY_DEFAULTS, DEFAULTS)
@@ -478,7 +479,8 @@ class DPORun(Experiment):
     def evaluate(self) -> Any:
         from dpo_lab.training import evaluate_pairs
         return evaluate_pairs(self.model, self.test_rows, token_budget=self.config.token_budget,
-                              objective=self.objective, progress=progress('held-out pairs'))
+                              objective=self.objective, progress=progress('held-out pairs'),
+                              entropy=self.config.entropy)
 
     def before_step(self, step: int):
         from dpo_lab.losses import beta_at
@@ -559,7 +561,7 @@ def load_optimizer(
                                    c.weight_decay)
     exp.total = min(num_steps(len(exp.train_rows), c.batch_size, c.num_epochs), c.max_steps or sys.maxsize)
 
-# %% ../nbs/09_train.ipynb #6676f19f
+# %% ../nbs/09_train.ipynb #1ccc76f3
 def load_everything(
     exp: DPORun, # its config is settled; model, rows, objective and optimiser are set here
 ) -> dict: # facts for `config.json`
@@ -603,7 +605,7 @@ def live_reference(
         with torch.no_grad(), as_reference(frozen): return scored_log_softmax(frozen, batch)
     return distribution
 
-# %% ../nbs/09_train.ipynb #0f211e8d
+# %% ../nbs/09_train.ipynb #2e330999
 def saved_config(
     exp: Experiment, # its path is settled
 ) -> dict: # what the run began with
@@ -626,7 +628,7 @@ def check_same_start(
         raise ValueError(f"{path}: the {what} is not the one this run began with: its {' and '.join(differ)} "
                          "changed. Give it the model and the data it began with, or start a new run")
 
-# %% ../nbs/09_train.ipynb #0f211e8f
+# %% ../nbs/09_train.ipynb #226d4c0d
 def continue_run(
     exp: Experiment,    # everything is loaded
     facts: dict,    # what is true now
@@ -799,7 +801,7 @@ def metrics_table(
         table.add_row(name, f'{metrics[name]:.6g}{interval}')
     return table
 
-# %% ../nbs/09_train.ipynb #d3b09f6c
+# %% ../nbs/09_train.ipynb #f9611c55
 def follow(
     experiment,             # an iterator of `StepMetrics` with `.total` and `.start`
     console,                # of rich
@@ -895,7 +897,7 @@ def ask_person(path: Path) -> str:
     from rich.prompt import Prompt
     return Prompt.ask(f'{path} already holds a run. What now?', choices=['resume', 'delete', 'raise'], default='resume')
 
-# %% ../nbs/09_train.ipynb #61d13e02
+# %% ../nbs/09_train.ipynb #1ff531a1
 def run_command(
     cls: type,              # a chz class
     begin: Callable,        # `(config, say, ask)` -> an `Experiment`
@@ -939,7 +941,7 @@ def quiet_libraries():
     transformers.utils.logging.disable_progress_bar()
     datasets.disable_progress_bars()
 
-# %% ../nbs/09_train.ipynb #3321ae62
+# %% ../nbs/09_train.ipynb #50eb7340
 def open_lab(argv: list[str]) -> int:
     "Open JupyterLab on a copy of the notebooks that you may change."
     import importlib.util
@@ -973,5 +975,5 @@ def cli(
     if words[0] == 'lab': return open_lab(words[1:])
     return importlib.import_module(f'dpo_lab.{words[0]}').main(words[1:])
 
-# %% ../nbs/09_train.ipynb #7769cdec
+# %% ../nbs/09_train.ipynb #094d2c7b
 if __name__ == '__main__' and '__file__' in globals(): sys.exit(main())     # a notebook is no file

@@ -8,7 +8,7 @@ __all__ = ['SCHEDULES', 'NOISE', 'StepMetrics', 'pair_records', 'movement', 'pai
            'trainable_weights', 'MasterAdamW', 'make_optimizer', 'learning_rate_at', 'train', 'check_finite',
            'train_dpo', 'check_reference', 'save_training_state', 'load_training_state', 'moved_reference']
 
-# %% ../nbs/08_training.ipynb #7b051e28
+# %% ../nbs/08_training.ipynb #fa16f18b
 import json
 import math
 import time
@@ -21,7 +21,7 @@ import torch
 from torch import Tensor, nn
 
 from .batches import PairBatch, PairRow, Rows, num_steps, pack, rows_of_step, scored_lengths, sum_by_completion
-from .logprobs import completion_confidence, completion_kl, token_logps
+from .logprobs import completion_confidence, completion_kl, token_entropy, token_logps
 from .losses import PairLogps, detached, get_loss, preference_metrics, tail_logps
 from .reference import ReferenceColumn, compute_reference, reference_logps, sizes_of, with_reference
 
@@ -84,7 +84,7 @@ def pair_columns(
         found['token_kl'] = completion_kl(model, live_reference, batch)
     return found
 
-# %% ../nbs/08_training.ipynb #6f9ea8e4
+# %% ../nbs/08_training.ipynb #c342308a
 @dataclass
 class DPOObjective:
     "A preference loss, its beta, and what it remembers between steps."
@@ -188,32 +188,36 @@ def mean_interval(
     half = 1.96*values.double().std().item()/math.sqrt(len(values)) if len(values) > 1 else math.inf
     return values.mean().item() - half, values.mean().item() + half
 
-# %% ../nbs/08_training.ipynb #3c4a2fb5
+# %% ../nbs/08_training.ipynb #5e841793
 def evaluation_metrics(
     logps: PairLogps,   # all held-out pairs
     moved: Tensor,      # `(2, B)` nats, see `movement`
     losses: Tensor,     # `(B,)` nats
     beta: float,        # turns logratios into rewards
+    sums: dict[str, Tensor]|None=None,  # name -> `(2, B)`, sums over tokens of what else is to be told
 ) -> dict: # floats, with `_low` and `_high` beside each estimate
     "The metrics of held-out pairs, with intervals."
     told = ('accuracy', 'ties', 'margin', 'chosen_reward', 'rejected_reward', 'num_pairs')
     metrics = {name: value for name, value in preference_metrics(logps, beta).items() if name in told}
     chosen_nll, rejected_nll = (-logps.policy.sum(1) / logps.lengths.sum(1)).tolist()
-    metrics |= {'dpo_loss': losses.mean().item(), 'nll': (-logps.policy.sum() / logps.lengths.sum()).item(),
+    sums = {'nll': -logps.policy} | (sums or {})
+    metrics |= {'dpo_loss': losses.mean().item(),
+                **{name: (total.sum() / logps.lengths.sum()).item() for name, total in sums.items()},
                 'chosen_nll': chosen_nll, 'rejected_nll': rejected_nll}
     nll = -logps.token_means
-    spread = {'dpo_loss': losses, 'nll': nll.mean(0), 'chosen_nll': nll[0], 'rejected_nll': nll[1]}
+    spread = {'dpo_loss': losses, 'chosen_nll': nll[0], 'rejected_nll': nll[1]}
+    spread |= {name: (total / logps.lengths).mean(0) for name, total in sums.items()}
     intervals = {name: mean_interval(values) for name, values in spread.items()}
     if logps.reference is not None:         # without one there are no rewards
         metrics['kl'] = moved.mean().item()
         intervals |= {'margin': mean_interval(beta*logps.delta), 'accuracy': wilson(metrics['accuracy'], len(losses))}
     for name, (low, high) in intervals.items():
         # the token mean is not the mean over pairs: same width, its own centre
-        shift = metrics[name] - (low + high)/2 if name.endswith('nll') else 0.
+        shift = metrics[name] - (low + high)/2 if name.endswith('nll') or name in sums else 0.
         metrics |= {f'{name}_low': low + shift, f'{name}_high': high + shift}
     return metrics
 
-# %% ../nbs/08_training.ipynb #9ac4242b
+# %% ../nbs/08_training.ipynb #b991cd81
 @torch.no_grad()
 def evaluate_pairs(
     model: nn.Module,                   # the policy
@@ -223,6 +227,7 @@ def evaluate_pairs(
     token_budget: int|None=None,        # most tokens in a batch
     objective: DPOObjective|None=None,  # evaluate with this objective's loss, beta and running numbers instead
     progress: Callable=iter,            # wraps the list of batches
+    entropy: bool=False,                # also tell `entropy` and `top1`, for another pass over the vocabulary
 ) -> StepMetrics: # a dict of floats with intervals; `.pairs` holds a record for each pair
     "Accuracy, margin, loss and NLL of a model on held-out pairs."
     if not rows: raise ValueError("evaluate_pairs: there are no rows")
@@ -231,12 +236,16 @@ def evaluate_pairs(
         raise ValueError("evaluate_pairs: the rows have no reference log-probs: "
                          "use with_reference(rows, reference_logps(reference_model, rows))")
     device, was_training = next(model.parameters()).device, model.training
+    def read(batch):
+        spread = (sum_by_completion(column, batch) for column in token_entropy(model, batch)) if entropy else ()
+        return *objective.logps(model, batch), *spread
     model.eval()
-    try: seen, moved = zip(*(objective.logps(model, batch.to(device)) for batch in progress(pack(rows, token_budget))))
+    try: seen, *tables = zip(*(read(batch.to(device)) for batch in progress(pack(rows, token_budget))))
     finally: model.train(was_training)
-    logps, movements = joined(seen), torch.cat(moved, 1)
+    logps, (movements, *spread) = joined(seen), (torch.cat(table, 1) for table in tables)
     losses, index = objective.values(logps), torch.tensor([row.index for row in rows])
-    return StepMetrics(0, evaluation_metrics(logps, movements, losses, objective.beta_used),
+    sums = dict(zip(('entropy', 'top1'), spread))
+    return StepMetrics(0, evaluation_metrics(logps, movements, losses, objective.beta_used, sums),
                        pair_records(logps, movements, losses, index, split='test', beta=objective.beta_used))
 
 # %% ../nbs/08_training.ipynb #a033ff55

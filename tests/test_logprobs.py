@@ -10,7 +10,8 @@ from hypothesis import strategies as st
 from dpo_lab.batches import collate, encode_pairs, pack
 from dpo_lab.data import load_pairs
 from dpo_lab.logprobs import (BLOCK, GROUP_WASTE, LAYOUTS, at_least_float32, completion_confidence, completion_kl,
-                              find_layout, groups_of, pair_logps, restore_attention, scored_log_softmax, token_logps)
+                              find_layout, groups_of, padded_logits, pair_logps, restore_attention,
+                              scored_log_softmax, token_entropy, token_logps)
 from dpo_lab.renderers import get_renderer
 
 PACKED = ['llama', 'qwen2', 'qwen3', 'mistral', 'gemma2', 'gemma3', 'phi', 'olmo2', 'smollm3', 'gpt2', 'gpt_neox']
@@ -176,3 +177,16 @@ def test_groups_hold_every_pair_once_and_waste_little(lengths, area):
     for group in groups:
         padded = len(group) * max(lengths[b] for b in group)**2
         assert len(group) == 1 or padded <= min(area, GROUP_WASTE * sum(lengths[b]**2 for b in group))
+
+
+@pytest.mark.parametrize('layout', ['packed_fused', 'padded'])
+@torch.no_grad()
+def test_entropy_and_likeliest_token(layout, monkeypatch):
+    model, batch = random_model('llama'), collate(random_rows(6))
+    find_layout(model)
+    monkeypatch.setitem(LAYOUTS, model, layout)
+    nats, first = token_entropy(model, batch)
+    logits = padded_logits(model, batch)
+    wanted = torch.distributions.Categorical(logits=logits)
+    assert torch.allclose(nats, wanted.entropy(), atol=1e-4)
+    assert torch.equal(first, (logits.argmax(-1) == batch.targets).float())

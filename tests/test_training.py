@@ -5,7 +5,8 @@ import pytest
 import torch
 from conftest import random_model, random_rows
 
-from dpo_lab.batches import pack, rows_of_step
+from dpo_lab.batches import collate, pack, rows_of_step
+from dpo_lab.logprobs import token_entropy
 from dpo_lab.models import tiny_model
 from dpo_lab.reference import compute_reference, reference_logps, with_reference
 from dpo_lab.training import (DPOObjective, MasterAdamW, check_reference, evaluate_pairs, learning_rate_at,
@@ -158,6 +159,19 @@ def test_wilson_stays_inside_zero_and_one():
 def test_a_loss_that_needs_the_live_reference_says_what_to_set(tiny_rows):
     with pytest.raises(ValueError, match='set live_reference to a function'):
         next(train_dpo(tiny_model()[0], tiny_rows[0], loss='tdpo2'))
+
+
+def test_entropy_is_told_only_when_asked(tiny_rows):
+    model, _ = tiny_model()
+    rows = tiny_rows[1][:20]
+    plain, asked = evaluate_pairs(model, rows), evaluate_pairs(model, rows, token_budget=200, entropy=True)
+    assert not {'entropy', 'top1'} & set(plain)
+    assert {name: asked[name] for name in plain} == pytest.approx(plain, abs=1e-4)
+    batch = collate(rows)
+    nats, first = token_entropy(model, batch)
+    assert asked['entropy'] == pytest.approx(nats.mean().item(), abs=1e-4)
+    assert asked['top1'] == pytest.approx(first.mean().item(), abs=1e-4)
+    for name in ('entropy', 'top1'): assert asked[f'{name}_low'] < asked[name] < asked[f'{name}_high']
 
 
 def test_a_loss_without_a_reference_is_evaluated_without_one():
