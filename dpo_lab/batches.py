@@ -146,7 +146,7 @@ def encode_pairs(
     check_lengths(rows, len(pairs), max_length, shortest)
     return Rows(fill_columns(rows), rows.audit)
 
-# %% ../nbs/04_batches.ipynb #8cf60c69
+# %% ../nbs/04_batches.ipynb #a76cd3bd
 @dataclass(frozen=True)
 class PairBatch:
     "B packed pairs: T tokens without padding, of which S are scored."
@@ -176,13 +176,19 @@ class PairBatch:
                 raise ValueError(f"PairBatch: {name} is {tuple(value.shape)}, expected ({size},)")
 
     def __len__(self): return len(self.parts)
+    def once(self, name, make: Callable[[], Any]) -> Any: # what `make` gave the first time
+        "Make what depends on the batch alone, once."
+        if name not in self.cache: self.cache[name] = make()
+        return self.cache[name]
+
     @property
     def segments(self) -> Tensor: return self.sides*len(self) + self.pairs # `(S,)` which of the 2B completions
 
     def to(self, device) -> 'PairBatch': # the same batch on another device
         "Copy of the batch with its tensors on `device`."
-        columns = {f.name: getattr(self, f.name) for f in fields(self)}
-        moved = {name: x.to(device, non_blocking=True) for name, x in columns.items() if isinstance(x, Tensor)}
+        columns, sent = {f.name: getattr(self, f.name) for f in fields(self)}, torch.device(device).type == 'cuda'
+        def move(x): return (x.pin_memory() if sent and not x.is_cuda else x).to(device, non_blocking=sent)
+        moved = {name: move(x) for name, x in columns.items() if isinstance(x, Tensor)}
         return PairBatch(**columns | moved | {'cache': {}})
 
 # %% ../nbs/04_batches.ipynb #fadd8fda
@@ -226,7 +232,7 @@ def collate(
     return PairBatch(torch.tensor(ids), torch.tensor(positions), parts, predictors, targets, sides, owners,
                      torch.tensor([row.index for row in rows]), truncated=sum(row.truncated for row in rows), **columns)
 
-# %% ../nbs/04_batches.ipynb #021784ab
+# %% ../nbs/04_batches.ipynb #84caa334
 TOKEN_BUDGET = 4096 if torch.cuda.is_available() else 1024
 
 def pack(

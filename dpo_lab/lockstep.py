@@ -8,7 +8,7 @@ __all__ = ['MAY_DIFFER', 'lanes', 'stack_weights', 'Reader', 'Seat', 'Rounds', '
 # %% ../nbs/16d_lockstep.ipynb #147194fd
 import time
 import traceback
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.func import functional_call, vmap
 
 from .batches import PairBatch
-from .logprobs import TOKEN_LOGPS, find_layout, token_logps
+from .logprobs import TOKEN_LOGPS, find_layout, token_logps, use_shared_prompt_attention
 from .runs import append_jsonl
 from .sweep import Sweep, locked, open_run, shared_rows, status
 from .train import OF_THIS_CALL, Config, DPORun, build_loss, resolve
@@ -64,6 +64,7 @@ class Reader(nn.Module):
         super().__init__()
         # the closed-form head of the 'packed' layout does not stack; the model's own head on scored positions does
         self.model, self.layout = model, 'padded' if find_layout(model) == 'padded' else 'packed_logits'
+        if self.layout != 'padded': use_shared_prompt_attention(model, 'blocks')      # which stacks too
     def forward(self, batch: PairBatch) -> Tensor: return TOKEN_LOGPS[self.layout](self.model, batch)
 
 # %% ../nbs/16d_lockstep.ipynb #47d9827d
@@ -73,8 +74,9 @@ class Seat(DPOObjective):
         self.rounds, self.place = rounds, place
         return self
 
-    def __call__(self, model: nn.Module, batches: Sequence[PairBatch], step: int) -> tuple[dict, list[dict]]:
-        return self.rounds.result(self.place, batches, step)
+    def later(self, model: nn.Module, batches: Sequence[PairBatch], step: int) -> Callable[[], tuple[dict, list[dict]]]:
+        found = self.rounds.result(self.place, batches, step)
+        return lambda: found
 
 # %% ../nbs/16d_lockstep.ipynb #1583a957
 class Rounds:
@@ -107,7 +109,7 @@ class Rounds:
         for row, place in enumerate(self.live):
             run = self.runs[place]
             run.objective.read = lambda model, batch, row=row: known[id(batch)][row]
-            try: self.reports[place] = DPOObjective.__call__(run.objective, run.model, batches, step)
+            try: self.reports[place] = DPOObjective.later(run.objective, run.model, batches, step)()
             finally: run.objective.read = token_logps
         torch.autograd.backward(tokens, [t.grad for t in seen])
         for row, place in enumerate(self.live):

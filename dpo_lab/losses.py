@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['COLUMNS', 'MODIFIERS', 'LENGTHS', 'ON_DELTA', 'PER_TOKEN', 'SIDES', 'LOSSES', 'PairLogps', 'check_shapes',
-           'reference_of', 'mapped', 'detached', 'swapped', 'implicit_rewards', 'LossFn', 'needs_of', 'check_knobs',
-           'check_pairs', 'expected', 'one_per_pair', 'preference_loss', 'check_smoothing', 'dpo_loss',
+           'check_values', 'reference_of', 'mapped', 'detached', 'swapped', 'implicit_rewards', 'LossFn', 'needs_of',
+           'check_knobs', 'check_pairs', 'expected', 'one_per_pair', 'preference_loss', 'check_smoothing', 'dpo_loss',
            'preference_metrics', 'cdpo', 'robust', 'soft_label', 'exo_pair', 'hinge', 'ipo_sum', 'discopop',
            'sigmoid_norm', 'ipo', 'rdpo', 'nca_pair', 'sppo_hard', 'apo_zero', 'apo_down', 'kto_pair', 'dpop', 'odpo',
            'simpo', 'alphapo', 'sft', 'cpo', 'log1mexp', 'orpo', 'tdpo1', 'tdpo2', 'aot', 'aot_unpaired', 'ranked',
@@ -41,7 +41,7 @@ class PairLogps:
     token_kl: Tensor | None = None     # `(2, B)` nats, sum over tokens of KL(reference || policy) (TDPO)
     tails: Tensor | None = None        # `(2, 2, B)` nats of (policy, reference) past the shared length (LD-DPO)
 
-    def __post_init__(self): check_shapes(self)
+    def __post_init__(self): check_shapes(self); check_values(self)
     @property
     def logratios(self) -> Tensor: return self.policy - reference_of(self)           # `(2, B)` nats
     @property
@@ -58,13 +58,19 @@ _SHAPES = dict(policy='2B', reference='2B', lengths='2B', weight='B', soft_label
 def check_shapes(
     logps: PairLogps,  # what to check
 ) -> None:
-    "Raise if a field has the wrong shape or an impossible value."
+    "Raise if a field has the wrong shape."
     if logps.policy.ndim != 2 or len(logps.policy) != 2:
         raise ValueError(f"policy has shape {tuple(logps.policy.shape)}: it must be (2, B), chosen then rejected")
     for name, axes in _SHAPES.items():
         value, want = getattr(logps, name), tuple(logps.policy.shape[1] if a == 'B' else int(a) for a in axes)
         if value is not None and tuple(value.shape) != want:
             raise ValueError(f"{name} has shape {tuple(value.shape)}: with {want[-1]} pairs it must be {want}")
+
+def check_values(
+    logps: PairLogps,  # what to check
+) -> None:
+    "Raise if a field has an impossible value; on a GPU nothing is read, since that would wait for it."
+    if logps.lengths.is_cuda: return
     if (logps.lengths < 1).any():
         raise ValueError("a completion has no scored tokens (lengths < 1): drop its pair before making log-probs")
     if logps.soft_label is not None and not ((0 <= logps.soft_label) & (logps.soft_label <= 1)).all():

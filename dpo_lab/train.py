@@ -744,9 +744,10 @@ def run_steps(
     total = exp.total
     def batches_of(step): return pack(rows_of_step(exp.train_rows, step, c.batch_size, c.seed), c.token_budget)
     def rate(step): return learning_rate_at(step, total, exp.config.learning_rate, c.lr_schedule, c.warmup_ratio)
-    def objective(*step): return exp.objective(*step)
+    def objective(*step): return getattr(exp.objective, 'later', exp.objective)(*step)
     exp.before_step(exp.start)
-    for metrics in train(exp.model, batches_of, objective, exp.optimizer, total, rate, c.grad_clip, exp.start):
+    for metrics in train(exp.model, batches_of, objective, exp.optimizer, total, rate, c.grad_clip, exp.start,
+                         ahead=not exp.anchor):         # a batch holds its reference, which may move
         step = metrics.step
         if due(step, c.eval_every): metrics.update(evaluate(exp, step))
         if due(step, c.infrequent_eval_every): metrics.update(sample(exp, step))

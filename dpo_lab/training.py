@@ -84,7 +84,7 @@ def pair_columns(
         found['token_kl'] = completion_kl(model, live_reference, batch)
     return found
 
-# %% ../nbs/08_training.ipynb #c342308a
+# %% ../nbs/08_training.ipynb #49ab3c4f
 @dataclass
 class DPOObjective:
     "A preference loss, its beta, and what it remembers between steps."
@@ -118,17 +118,23 @@ class DPOObjective:
     def beta_used(self) -> float: # what the loss made of beta
         return self.loss.beta_used(self.beta, **self.state)
 
-    def __call__(self, model: nn.Module, batches: Sequence[PairBatch], step: int) -> tuple[dict, list[dict]]:
-        "Leave the gradient of a step in the model; gives metrics and pair records."
+    def later(self, model: nn.Module, batches: Sequence[PairBatch], step: int) -> Callable[[], tuple[dict, list[dict]]]:
+        "Leave the gradient of a step in the model; what it gives waits for the device, and reads metrics and records."
         self.found = self.state
         run = accumulate_whole if self.loss.whole_batch and len(batches) > 1 else accumulate
         logps, moved, losses = run(self, model, batches)
         beta, index = self.beta_used, torch.cat([b.index for b in batches])
-        report = {'dpo_loss': losses.mean().item(), **preference_metrics(logps, beta),
-                  'kl': moved.mean().item(), 'beta': beta,
-                  'num_tokens': sum(2*p + c + r for b in batches for p, c, r in b.parts),
-                  'truncated': sum(b.truncated for b in batches)}
-        return report, pair_records(logps, moved, losses, index, step=step, split='train', beta=beta)
+        def read():
+            report = {'dpo_loss': losses.mean().item(), **preference_metrics(logps, beta),
+                      'kl': moved.mean().item(), 'beta': beta,
+                      'num_tokens': sum(2*p + c + r for b in batches for p, c, r in b.parts),
+                      'truncated': sum(b.truncated for b in batches)}
+            return report, pair_records(logps, moved, losses, index, step=step, split='train', beta=beta)
+        return read
+
+    def __call__(self, model: nn.Module, batches: Sequence[PairBatch], step: int) -> tuple[dict, list[dict]]:
+        "Leave the gradient of a step in the model; gives metrics and pair records."
+        return self.later(model, batches, step)()
 
 # %% ../nbs/08_training.ipynb #94b0a6c9
 def joined(
@@ -311,27 +317,33 @@ def learning_rate_at(
     if schedule == 'cosine': return peak*(1 + math.cos(math.pi*done))/2
     raise ValueError(f"unknown lr_schedule {schedule!r}: choose one of {', '.join(SCHEDULES)}")
 
-# %% ../nbs/08_training.ipynb #c772552d
+# %% ../nbs/08_training.ipynb #6ee34c08
 def train(
     model: nn.Module,                               # the policy
     batches_of: Callable[[int], list[PairBatch]],   # step -> its micro-batches
-    objective: Callable,                            # `(model, batches, step) -> (metrics, records)`, leaves a gradient
+    objective: Callable,                            # `(model, batches, step)`: see above
     optimizer: torch.optim.Optimizer,               # of the model
     total: int,                                     # steps of the whole run
     rate: Callable[[int], float],                   # step -> learning rate
     grad_clip: float=0.,                            # largest gradient norm; 0 does not clip
     start: int=0,                                   # first step: that of the checkpoint, on a resumed run
+    ahead: bool=False,                              # make batches a step early: nothing after a step may change them
 ) -> Iterator[StepMetrics]:
     "Yield the metrics of each step, measured before its update."
     params, tick = list(trainable_weights(model).values()), time.perf_counter()
     checkpointing = any(getattr(m, 'gradient_checkpointing', False) for m in model.modules())
+    def ready(step): return [b.to(params[0].device) for b in batches_of(step)]
+    coming: list|None = None
     for step in range(start, total):
         model.train(checkpointing)      # it needs training mode; else no dropout: step 0 must equal the reference
-        batches = [b.to(params[0].device) for b in batches_of(step)]
+        batches = coming or ready(step)
         optimizer.zero_grad()
         for group in optimizer.param_groups: group['lr'] = rate(step)
-        report, pairs = objective(model, batches, step)
-        norm = nn.utils.clip_grad_norm_(params, grad_clip or math.inf).item()
+        found = objective(model, batches, step)
+        size = nn.utils.clip_grad_norm_(params, grad_clip or math.inf)
+        if ahead: coming = ready(step + 1) if step + 1 < total else None    # while a GPU is busy with this step
+        report, pairs = found() if callable(found) else found
+        norm = size.item()
         check_finite(step, report, norm, batches)
         seconds, tokens = time.perf_counter() - tick, sum(len(b.input_ids) for b in batches)
         ours = {'grad_norm': norm, 'learning_rate': rate(step), 'progress': step/total,
@@ -356,7 +368,7 @@ def check_finite(
     raise FloatingPointError(f"step {step}: {' and '.join(bad)} not finite on pairs {shown}. The weights are those "
                              "before this step: lower learning_rate, set grad_clip=1, or look at these pairs")
 
-# %% ../nbs/08_training.ipynb #7e98b508
+# %% ../nbs/08_training.ipynb #9092e6a4
 def train_dpo(
     model: nn.Module,               # the policy; it is changed
     rows: Sequence[PairRow],        # encoded pairs; without a reference, the model as it is now becomes it
@@ -383,7 +395,7 @@ def train_dpo(
     optimizer = make_optimizer(model, learning_rate, weight_decay=weight_decay)
     def batches_of(step): return pack(rows_of_step(rows, step, batch_size, seed), token_budget)
     def rate(step): return learning_rate_at(step, total, learning_rate, lr_schedule, warmup_ratio)
-    yield from train(model, batches_of, DPOObjective(loss, beta), optimizer, total, rate, grad_clip)
+    yield from train(model, batches_of, DPOObjective(loss, beta).later, optimizer, total, rate, grad_clip, ahead=True)
 
 # %% ../nbs/08_training.ipynb #0235e5fa
 NOISE = {torch.float64: 1e-5, torch.float32: 1e-2, torch.bfloat16: 3., torch.float16: .5}   # nats a completion

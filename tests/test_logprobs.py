@@ -4,14 +4,13 @@ import warnings
 import pytest
 import torch
 from conftest import random_model, random_rows, shared
-from hypothesis import given
-from hypothesis import strategies as st
 
+from dpo_lab.attention import BLOCK
 from dpo_lab.batches import collate, encode_pairs, pack
 from dpo_lab.data import load_pairs
-from dpo_lab.logprobs import (BLOCK, GROUP_WASTE, LAYOUTS, at_least_float32, completion_confidence, completion_kl,
-                              find_layout, groups_of, padded_logits, pair_logps, restore_attention,
-                              scored_log_softmax, token_entropy, token_logps)
+from dpo_lab.logprobs import (LAYOUTS, at_least_float32, completion_confidence, completion_kl, find_layout,
+                              padded_logits, pair_logps, restore_attention, scored_log_softmax, token_entropy,
+                              token_logps)
 from dpo_lab.renderers import get_renderer
 
 PACKED = ['llama', 'qwen2', 'qwen3', 'mistral', 'gemma2', 'gemma3', 'phi', 'olmo2', 'smollm3', 'gpt2', 'gpt_neox']
@@ -120,9 +119,9 @@ def test_autocast_is_refused_in_one_sentence():
 
 
 def test_a_wrong_attention_is_caught_by_the_probe(monkeypatch):
-    import dpo_lab.logprobs as L
+    import dpo_lab.attention as A
     def rejected_sees_chosen(p, c, r, window=None, device=None): return torch.ones(p+c+r, p+c+r).tril().bool()
-    monkeypatch.setattr(L, 'tree_mask', rejected_sees_chosen)
+    monkeypatch.setattr(A, 'tree_mask', rejected_sees_chosen)
     model = random_model('llama')
     with pytest.warns(UserWarning, match='log-probs differ by'): assert find_layout(model) == 'padded'
 
@@ -168,15 +167,6 @@ def test_packed_equals_plain_on_a_gpu():
     model, rows = random_model('llama').cuda(), random_rows(16)
     batch = collate(rows).to('cuda')
     assert torch.allclose(pair_logps(model, batch), pair_logps(model, batch, layout='padded'), atol=1e-3)
-
-
-@given(st.lists(st.integers(1, 400), min_size=1, max_size=30), st.integers(1, 2**17))
-def test_groups_hold_every_pair_once_and_waste_little(lengths, area):
-    groups = groups_of(lengths, area)
-    assert sorted(b for group in groups for b in group) == list(range(len(lengths)))
-    for group in groups:
-        padded = len(group) * max(lengths[b] for b in group)**2
-        assert len(group) == 1 or padded <= min(area, GROUP_WASTE * sum(lengths[b]**2 for b in group))
 
 
 @pytest.mark.parametrize('layout', ['packed_fused', 'padded'])

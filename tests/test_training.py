@@ -4,6 +4,7 @@ import math
 import pytest
 import torch
 from conftest import random_model, random_rows
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from dpo_lab.batches import collate, pack, rows_of_step
 from dpo_lab.logprobs import token_entropy
@@ -177,3 +178,54 @@ def test_entropy_is_told_only_when_asked(tiny_rows):
 def test_a_loss_without_a_reference_is_evaluated_without_one():
     metrics = evaluate_pairs(random_model('llama'), random_rows(8, empty_prompts=False), loss='simpo')
     assert {'dpo_loss', 'dpo_loss_low', 'nll'} <= metrics.keys() and not {'accuracy', 'margin', 'kl'} & metrics.keys()
+
+
+class HostReads(TorchDispatchMode):
+    "Which operations made Python wait for a number."
+    def __init__(self): super().__init__(); self.names = []
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        name = func.overloadpacket.__name__
+        if name in ('_local_scalar_dense', 'equal', 'nonzero', 'masked_select', 'unique'): self.names.append(name)
+        return func(*args, **kwargs or {})
+
+
+@pytest.mark.parametrize('loss', ['sigmoid', 'ipo', 'aot', 'simpo', 'sigmoid(ld_alpha=0.3)', 'sigmoid + 0.2*sft'])
+def test_a_step_asks_for_no_number_before_its_gradient_is_there(loss, tmp_path, monkeypatch):
+    monkeypatch.setattr('dpo_lab.losses.check_values', lambda logps: None)     # as on a GPU
+    model = random_model('llama')
+    batches = pack(ready(model, random_rows(8, empty_prompts=False), tmp_path), 100)
+    objective = DPOObjective(loss)
+    expected = objective(model, batches, 0)             # makes the plans of the batches, on the host
+    gradient = torch.cat([p.grad.flatten() for p in model.parameters()])
+    model.zero_grad()
+    with HostReads() as reads: later = objective.later(model, batches, 0)
+    assert not reads.names
+    assert torch.equal(torch.cat([p.grad.flatten() for p in model.parameters()]), gradient)
+    with reads: assert later() == expected
+    assert reads.names
+
+
+def test_batches_made_ahead_change_nothing(tiny_rows):
+    def run(ahead, made):
+        model, _ = tiny_model()
+        rows = with_reference(tiny_rows[0], reference_logps(model, tiny_rows[0]))
+        def batches_of(step): made.append(step); return pack(rows_of_step(rows, step, 8))
+        objective, optimizer = DPOObjective(), make_optimizer(model, 1e-4)
+        for m in train(model, batches_of, objective, optimizer, 3, lambda step: 1e-4, ahead=ahead):
+            made.append(f'yield {m.step}')
+            yield m['dpo_loss'], m['grad_norm'], m.pairs
+    early, late = [], []
+    assert [*run(True, early)] == [*run(False, late)]
+    assert late == [0, 'yield 0', 1, 'yield 1', 2, 'yield 2'] and early == [0, 1, 'yield 0', 2, 'yield 1', 'yield 2']
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason='needs a CUDA GPU')
+def test_a_gpu_is_waited_for_once_a_step(tmp_path):
+    model = random_model('llama').cuda()
+    batches = [b.to('cuda') for b in pack(ready(model, random_rows(8, empty_prompts=False), tmp_path), 100)]
+    objective = DPOObjective()
+    expected = objective(model, batches, 0)[0]['dpo_loss']
+    torch.cuda.set_sync_debug_mode('error')
+    try: later = objective.later(model, batches, 0)
+    finally: torch.cuda.set_sync_debug_mode('default')
+    assert later()[0]['dpo_loss'] == pytest.approx(expected, rel=1e-4)

@@ -226,7 +226,7 @@ def main(c):
         kind = Ours(place, place.model()) if c.contestant == 'dpo_lab' else Peer(
             place, place.model(), int(c.micro_batches.split(',')[0]), c.attentions.split(',')[0])
         rows = kind.refer(place.rows[:2*c.batch_size])
-        for i in (0, c.batch_size): step_seconds(kind, rows[i:i+c.batch_size])
+        for i in (0, len(rows) - c.batch_size): step_seconds(kind, rows[i:i+c.batch_size])
         peak = next(line.split()[1] for line in open('/proc/self/status') if line.startswith('VmHWM'))
         return print(int(peak) / 1e6)
     best, tried = search(place)
