@@ -20,6 +20,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                    'dpo_lab.attention._blocks': ('attention.html#_blocks', 'dpo_lab/attention.py'),
                                    'dpo_lab.attention._flex': ('attention.html#_flex', 'dpo_lab/attention.py'),
                                    'dpo_lab.attention._onto': ('attention.html#_onto', 'dpo_lab/attention.py'),
+                                   'dpo_lab.attention._weights': ('attention.html#_weights', 'dpo_lab/attention.py'),
                                    'dpo_lab.attention.at_least_float32': ('attention.html#at_least_float32', 'dpo_lab/attention.py'),
                                    'dpo_lab.attention.attend_flex': ('attention.html#attend_flex', 'dpo_lab/attention.py'),
                                    'dpo_lab.attention.attend_in_blocks': ('attention.html#attend_in_blocks', 'dpo_lab/attention.py'),

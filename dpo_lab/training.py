@@ -271,9 +271,12 @@ class MasterAdamW(torch.optim.AdamW):
 
     @torch.no_grad()
     def step(self, closure=None):
-        for master, p in zip(self.masters, self.live): master.grad = None if p.grad is None else p.grad.float()
+        for master, p in zip(self.masters, self.live):
+            master.grad, p.grad = None if p.grad is None else p.grad.float(), None      # one of them at a time
         super().step(closure)
-        for master, p in zip(self.masters, self.live): p.copy_(master)
+        for master, p in zip(self.masters, self.live):
+            p.copy_(master)
+            master.grad = None
 
     def zero_grad(self, set_to_none=True):
         for p in self.live: p.grad = None

@@ -57,6 +57,19 @@ def test_a_model_gives_the_numbers_of_plain_rows(name, kernel):
     assert torch.allclose(logps, expected, atol=1e-4) and (packed - plain).norm() / plain.norm() < 1e-4
 
 
+def test_weights_computed_again_give_the_same_gradients(monkeypatch):
+    parts = [(60, 40, 50), (20, 10, 10), (0, 150, 70)]
+    plan, g = A.attention_plan(parts, heads=2, window=30), torch.Generator().manual_seed(0)
+    leaves = [torch.randn(heads, 410, 8, generator=g, requires_grad=True) for heads in (4, 2, 2)]
+    def gradients():
+        out, *kept = A._PackedAttention.apply(*leaves, plan, .3)
+        return len(kept) - 3*len(plan.hidden), torch.autograd.grad(out.pow(3).sum(), leaves)
+    with_weights, expected = gradients()
+    monkeypatch.setattr(A, 'KEEP_WEIGHTS', 0)
+    without, found = gradients()
+    assert with_weights > 0 == without and all(torch.equal(a, b) for a, b in zip(found, expected))
+
+
 @pytest.mark.parametrize('window', [None, 2, 20])
 def test_an_attention_agrees_with_the_blocks(kernel, window):
     assert attention_error(kernel, 4, 2, 16, window, backward=kernel == 'varlen') < 1e-5
