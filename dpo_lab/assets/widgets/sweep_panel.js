@@ -64,7 +64,7 @@ export default { render({ model, el: host }) {
     const value = group => avg(group.map(p => score(p, m)).filter(v => v !== null));
     const values = xs.flatMap(xv => ys.map(yv => value(cell(xv, yv)))).filter(v => v !== null), lo = Math.min(...values), hi = Math.max(...values);
     heat.style.gridTemplateColumns = `auto repeat(${xs.length}, minmax(66px,1fr))`;
-    const was = heat.contains(document.activeElement) ? document.activeElement.dataset.at : null;
+    const at = focused(root), was = heat.contains(at) ? at.dataset.at : null;
     const picked = ps.find(p => p.name === model.get('chosen'));
     const row = cells => el('div', { role: 'row', style: 'display:contents' }, ...cells);
     const rows = [row([el('div', { class: 'axis', role: 'columnheader' }, y ? `${y} ↓  ${x} →` : `${x} →`), ...xs.map(v => el('div', { class: 'axis', role: 'columnheader' }, typeof v === 'number' ? short(v) : String(v)))])];
