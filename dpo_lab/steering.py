@@ -253,7 +253,7 @@ class LiveRun(LiveThread):
         if self.thread: self.thread.join(timeout)
 
     async def wait(self):
-        "The same in a cell, with buttons alive: `await live.wait()`."
+        "The same in a cell, with buttons alive from ipykernel 7 on: `await live.wait()`."
         while self.thread and self.thread.is_alive(): await asyncio.sleep(.05)
 
 # %% ../nbs/10b_steering.ipynb #086f8eec

@@ -200,6 +200,128 @@ def test_ten_thousand_pairs_stay_fluid(context):
     assert took['scroll'] < 150 and max(took['sort'], took['filter']) < 400 and took['draw'] < 1000     # busy cores
 
 
+# What anywidget's front-end module protocol promises and no more, on pages that fetch nothing: mount() in each of them
+HOST = """
+addEventListener('error', e => host.problems.push(e.message));
+addEventListener('unhandledrejection', e => host.problems.push(`${e.reason}`));
+addEventListener('securitypolicyviolation', e => host.problems.push(`fetched ${e.blockedURI}`));
+const heard = {}, tell = (event, ...values) => (heard[event] ?? []).forEach(f => f(...values));
+window.host = { problems: [], sent: [], heard, tell };
+window.mount = async ([esm, state, shadow]) => {
+  const { default: widget } = await import(URL.createObjectURL(new Blob([esm], { type: 'text/javascript' })));
+  const promised = { get: k => state[k], set: (k, v) => { state[k] = v; tell(`change:${k}`); }, save_changes() {},
+    on: (event, f) => (heard[event] ??= []).push(f), send: message => host.sent.push(message), widget_manager: {},
+    off: (event, f) => { heard[event] = heard[event].filter(g => g !== f); } };
+  const model = new Proxy(promised, { get: (t, k) => { if (k in t) return t[k]; throw Error(`model.${String(k)}`); } });
+  const div = document.body.appendChild(document.createElement('div'));
+  const el = shadow ? div.attachShadow({ mode: 'open' }).appendChild(document.createElement('div')) : div;
+  Object.assign(host, { model, state, leave: await widget.render({ model, el }) });
+}"""
+CLOSED = """<meta http-equiv="Content-Security-Policy" content="default-src 'none'; script-src blob: 'unsafe-inline';
+  style-src 'unsafe-inline'">"""
+
+# a page, whether it draws in a shadow root, how it says that it is dark and light
+FRONT_ENDS = {
+    'VS Code': (f'{CLOSED}<body style="background:transparent">', False,
+                ["document.body.className = 'vscode-dark'", "document.body.className = 'vscode-high-contrast'"],
+                ["document.body.className = 'vscode-light'",
+                 "document.body.className = 'vscode-high-contrast vscode-high-contrast-light'"]),
+    'Colab': (f"<iframe sandbox='allow-scripts' style='width:1000px; height:1200px' srcdoc='{CLOSED}<body>'></iframe>",
+              False, ["document.documentElement.setAttribute('theme', 'dark')"],
+              ["document.documentElement.setAttribute('theme', 'light')"]),
+    'shadow root': (f'{CLOSED}<body>', True, ["document.body.style.background = '#111'"],
+                    ["document.body.style.background = '#fff'"]),
+}
+
+
+@pytest.fixture(scope='module')
+def shown(tmp_path_factory):
+    "A widget of each kind, with the run and the sweep it shows."
+    from dpo_lab.sweep import sweep
+    from dpo_lab.train import Config
+    from dpo_lab.widgets import LossExplorer, PairBrowser, SweepPanel, TrainMonitor
+    config = Config(log_path=str(tmp_path_factory.mktemp('hosts')/'grid'), max_steps=4, eval_every=2,
+                    infrequent_eval_every=0)
+    grid = sweep(config, dpo_beta=[.1, .5], learning_rate=[1e-4, 2e-4])
+    run = next(iter(grid.runs.values()))
+    return {'Loss explorer': LossExplorer(run), 'Training monitor': TrainMonitor(run), 'Sweep panel': SweepPanel(grid),
+            'Pair browser': PairBrowser(run, record=1)}
+
+
+def turn_the_losses(frame, box):
+    slider, before = box.get_by_label('beta, logarithmic'), box.locator('table').inner_text()
+    slider.focus()
+    for _ in range(40): slider.press('ArrowRight')
+    until(lambda: box.locator('table').inner_text() != before and frame.evaluate('host.state.beta') > .2, 10)
+    box.get_by_role('checkbox', name='ipo', exact=True).check()
+    until(lambda: box.locator('table tr').count() == 3, 10)
+
+
+def steer_a_run(frame, box):
+    frame.evaluate("host.model.set('status', { ...host.state.status, live: true, steerable: true, state: 'running' })")
+    beta = box.get_by_label('beta from the next step')
+    beta.focus()
+    frame.evaluate("host.model.set('fields', { dpo_beta: .7, learning_rate: 1, loss: 'ipo' })")
+    assert beta.input_value() == '0.1'      # under the hand
+    box.get_by_role('button', name='Pause the training').click()
+    assert {'do': 'pause'} in frame.evaluate('host.sent')
+    frame.evaluate("""host.tell('msg:custom', { type: 'points', id: 1, start: host.state.points.length,
+                                                points: [[99, { margin: 7 }, {}]] })""")
+    until(lambda: 'Newest: margin 7' in box.locator('canvas').first.get_attribute('aria-label'), 10)
+
+
+def choose_a_point(frame, box):
+    cell = box.locator('.heat .cell')
+    cell.nth(1).focus()
+    frame.evaluate("host.tell('msg:custom', { type: 'grown', points: [] })")
+    frame.wait_for_timeout(200)
+    assert box.locator('.heat .cell:focus').count() == 1    # drawn anew, and the keyboard is still there
+    cell.nth(1).press('ArrowDown')
+    box.locator('.heat .cell:focus').press('Enter')
+    until(lambda: 'python -m dpo_lab.train' in box.inner_text(), 10)
+    assert 'dpo_beta=0.5' in frame.evaluate('host.state.chosen')
+    copy = box.get_by_role('button', name='Copy the line of Python').first
+    copy.click()
+    until(lambda: copy.inner_text() in ('Copied', 'Selected'), 10)
+
+
+def open_a_pair(frame, box):
+    assert box.locator('.tok.scored').count()
+    box.locator('.lines .line').nth(1).click()
+    assert frame.evaluate('host.sent')[-1] == {'do': 'open', 'pair': frame.evaluate('host.state.opened')}
+    frame.evaluate("host.model.set('detail', { ...host.state.details[0], prompt: 'And now?' })")
+    until(lambda: 'And now?' in box.inner_text(), 10)
+
+
+USED = {'Loss explorer': turn_the_losses, 'Training monitor': steer_a_run, 'Sweep panel': choose_a_point,
+        'Pair browser': open_a_pair}
+
+
+@pytest.mark.parametrize('front_end', FRONT_ENDS)
+@pytest.mark.parametrize('label', USED)
+def test_a_widget_asks_of_a_front_end_what_the_protocol_promises(context, shown, label, front_end):
+    html, shadow, dark, light = FRONT_ENDS[front_end]
+    state = {k: v for k, v in shown[label].get_state().items() if k not in ('layout', '_esm', '_css')}
+    page = context.new_page()
+    page.add_init_script(HOST)
+    page.goto('about:blank')
+    page.set_content(html)
+    frame = page.frames[-1]
+    frame.evaluate('all => mount(all)', [shown[label]._esm, json.loads(json.dumps(state)), shadow])
+    box = frame.locator(f'.dl[aria-label="{label}"]')
+    for theme, other, ways in (('dl dark', 'light', dark), ('dl', 'dark', light)):
+        page.emulate_media(color_scheme=other)      # what the browser would rather have
+        for way in ways:
+            frame.evaluate(f'() => {{ {way} }}')
+            frame.locator(f'[class="{theme}"][aria-label="{label}"]').wait_for(timeout=10_000)
+            shot(page, f'{front_end} {label} {theme}')
+    USED[label](frame, box)
+    frame.evaluate('host.leave()')
+    assert not frame.evaluate("(host.heard['msg:custom'] ?? []).length")
+    assert frame.evaluate('host.problems') == []
+    page.close()
+
+
 def test_a_person_works_with_the_tutorial(page):
     page.evaluate("void window.jupyterapp.commands.execute('notebook:run-all-cells')")
     monitor = widget(page, 'Training monitor')

@@ -92,7 +92,7 @@ def test_the_counterfactual_in_javascript_is_that_of_diagnostics(run, loss):
         const pairs = {json.dumps(explorer.pairs)}.map(([w, l, pw, pl, nw, nl]) => ({{w, l, pw, pl, nw, nl}}));
         console.log(JSON.stringify(counterfactual('{loss}', pairs, 0.7, 0)));''')
     want = counterfactual(frame, .7, loss)
-    for name, value in got.items(): assert value == pytest.approx(want[name], rel=1e-3, abs=1e-4), name
+    for name, value in got.items(): assert value == pytest.approx(want[name], rel=1e-4, abs=1e-5), name
 
 
 @pytest.mark.parametrize('make, drawn', [(LossExplorer, 'pairs'), (TrainMonitor, 'points'), (PairBrowser, 'columns')])

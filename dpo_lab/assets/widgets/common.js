@@ -5,10 +5,10 @@ const COLORS = {
 };
 
 const CSS = `
-.dl { --bg:#fff; --fg:#1d2127; --dim:#5b6470; --line:#d9dee4; --soft:#f3f5f8; --accent:#0064a4; --on:#fff; --bad:#b3261e;
+.dl { color-scheme:light; --bg:#fff; --fg:#1d2127; --dim:#5b6470; --line:#d9dee4; --soft:#f3f5f8; --accent:#0064a4; --on:#fff; --bad:#b3261e;
   background:var(--bg); color:var(--fg); font:13px/1.45 system-ui,-apple-system,"Segoe UI",sans-serif; border:1px solid var(--line);
   border-radius:10px; padding:12px 14px; box-sizing:border-box; max-width:100%; container-type:inline-size; }
-.dl.dark { --bg:#16191d; --fg:#e7eaee; --dim:#a3adb9; --line:#343b44; --soft:#20252b; --accent:#63b3ed; --on:#10141a; --bad:#ff8a80; }
+.dl.dark { color-scheme:dark; --bg:#16191d; --fg:#e7eaee; --dim:#a3adb9; --line:#343b44; --soft:#20252b; --accent:#63b3ed; --on:#10141a; --bad:#ff8a80; }
 .dl * { box-sizing:border-box; }
 .dl [hidden] { display:none !important; }
 .dl .row { display:flex; flex-wrap:wrap; gap:8px 12px; align-items:center; margin:4px 0; }
@@ -66,20 +66,26 @@ function short(v) {
   return String(+v.toPrecision(a >= 100 ? 4 : 3));
 }
 
-// The page's own background decides, so that every front end and every theme is met.
+// The background behind decides, so that every theme is met, also from within a shadow root. Where nothing is behind, as in
+// the frames that show an output in VS Code and Colab, what those write on body and html; then what the browser prefers.
 function isDark(node) {
-  for (let n = node.parentElement || document.body; n; n = n.parentElement) {
+  const behind = n => n.parentElement || n.getRootNode().host;
+  for (let n = behind(node); n; n = behind(n)) {
     const c = getComputedStyle(n).backgroundColor.match(/[\d.]+/g);
     if (c && (c.length < 4 || +c[3] > .5)) return (.299 * c[0] + .587 * c[1] + .114 * c[2]) < 128;
   }
-  return matchMedia('(prefers-color-scheme: dark)').matches;
+  const told = `theme-${document.documentElement.getAttribute('theme')} ${document.body.className}`;
+  if (/(theme|vscode|contrast)-light/.test(told)) return false;
+  return /theme-dark|vscode-(dark|high-contrast)/.test(told) || matchMedia('(prefers-color-scheme: dark)').matches;
 }
+
+const focused = node => node.getRootNode().activeElement;   // in a shadow root the document knows only the host
 
 function frame(el0, label) {
   const root = el('div', { class: 'dl', role: 'region', 'aria-label': label });
   // JupyterLab would take plain keys for its cells: arrows leave a slider, d d on a button deletes the cell
   const plain = e => !e.ctrlKey && !e.metaKey && !e.altKey, hears = 'canvas, .list, .cell, input[type=text]';
-  const keep = e => { if (root.contains(e.target) && plain(e) && !e.target.matches(hears)) e.stopImmediatePropagation(); };
+  const keep = e => { const [at] = e.composedPath(); if (root.contains(at) && plain(e) && !at.matches(hears)) e.stopImmediatePropagation(); };
   window.addEventListener('keydown', keep, true);
   root.addEventListener('keydown', e => { if (plain(e)) e.stopPropagation(); });
   root.append(el('style', {}, CSS));
@@ -95,7 +101,7 @@ function frame(el0, label) {
   };
   const watch = new MutationObserver(() => setTimeout(retheme, 60));
   for (const n of [document.documentElement, document.body])
-    watch.observe(n, { attributes: true, attributeFilter: ['class', 'style', 'data-theme', 'data-bs-theme', 'data-jp-theme-light', 'data-jp-theme-name', 'data-vscode-theme-kind'] });
+    watch.observe(n, { attributes: true, attributeFilter: ['class', 'style', 'theme', 'data-theme', 'data-bs-theme', 'data-jp-theme-light', 'data-jp-theme-name', 'data-vscode-theme-kind'] });
   const media = matchMedia('(prefers-color-scheme: dark)');
   media.addEventListener('change', retheme);
   requestAnimationFrame(retheme); setTimeout(retheme, 300);
@@ -104,7 +110,7 @@ function frame(el0, label) {
 
 // A button that switches itself off hands the focus on, so that the next key is still heard here.
 function keepFocus(root, update) {
-  const at = root.getRootNode().activeElement;
+  const at = focused(root);
   update();
   if (at?.disabled && root.contains(at)) root.querySelector('button:not(:disabled)')?.focus();
 }
@@ -113,7 +119,11 @@ function keepFocus(root, update) {
 function codeLine() {
   const code = el('code', { 'aria-label': 'Python for what is shown', tabIndex: 0 });
   const button = el('button', { type: 'button', 'aria-label': 'Copy the line of Python' }, 'Copy');
-  button.onclick = () => { navigator.clipboard?.writeText(code.textContent); button.textContent = 'Copied'; setTimeout(() => button.textContent = 'Copy', 1200); };
+  const say = text => { button.textContent = text; setTimeout(() => button.textContent = 'Copy', 1200); };
+  button.onclick = async () => {
+    try { await navigator.clipboard.writeText(code.textContent); say('Copied'); }
+    catch { getSelection().selectAllChildren(code); say('Selected'); }    // a frame that may not write there
+  };
   return { node: el('div', { class: 'row' }, code, button), set(text) { code.textContent = text; } };
 }
 
@@ -263,7 +273,7 @@ class Plot {
     for (const d of this.dots) { if (!ok(d.y)) continue; g.globalAlpha = d.alpha ?? .35; g.fillStyle = typeof d.color === 'number' ? palette[d.color] : d.color; g.beginPath(); g.arc(this.px(d.x), this.py(d.y), d.r || 2.4, 0, 7); g.fill(); }
     g.globalAlpha = 1;
     if (this.pressed !== null && this.pressed !== undefined && Math.abs(this.drag - this.pressed) > 4) { g.globalAlpha = .15; g.fillStyle = fg; g.fillRect(Math.min(this.pressed, this.drag), 0, Math.abs(this.drag - this.pressed), h - 18); g.globalAlpha = 1; }
-    if (this.at !== null && this.at !== undefined) { g.strokeStyle = dim; g.beginPath(); g.moveTo(this.px(this.at), 0); g.lineTo(this.px(this.at), h - 18); g.stroke(); }
+    if (this.at !== null && this.at !== undefined) { g.strokeStyle = dim; g.lineWidth = 1; g.beginPath(); g.moveTo(this.px(this.at), 0); g.lineTo(this.px(this.at), h - 18); g.stroke(); }
     g.restore();
     const named = this.series.filter(s => s.name && s.x.length).map(s => `${s.name} ${short(s.y.filter(v => v !== null && v !== undefined && isFinite(v)).at(-1))}`);
     c.setAttribute('aria-label', `${this.title}, against ${this.xlabel}. Newest: ${named.join(', ') || 'nothing yet'}. Arrow keys read values, plus zooms, zero shows all, l changes the axis.`);

@@ -64,7 +64,7 @@ export default { render({ model, el: host }) {
     const value = group => avg(group.map(p => score(p, m)).filter(v => v !== null));
     const values = xs.flatMap(xv => ys.map(yv => value(cell(xv, yv)))).filter(v => v !== null), lo = Math.min(...values), hi = Math.max(...values);
     heat.style.gridTemplateColumns = `auto repeat(${xs.length}, minmax(66px,1fr))`;
-    const was = heat.contains(document.activeElement) ? document.activeElement.dataset.at : null;
+    const at = focused(root), was = heat.contains(at) ? at.dataset.at : null;
     const picked = ps.find(p => p.name === model.get('chosen'));
     const row = cells => el('div', { role: 'row', style: 'display:contents' }, ...cells);
     const rows = [row([el('div', { class: 'axis', role: 'columnheader' }, y ? `${y} ↓  ${x} →` : `${x} →`), ...xs.map(v => el('div', { class: 'axis', role: 'columnheader' }, typeof v === 'number' ? short(v) : String(v)))])];
@@ -94,26 +94,27 @@ export default { render({ model, el: host }) {
     legend.textContent = values.length ? `${METRICS[m] || m}: yellow is ${less ? 'lowest' : 'highest'}, ${short(lo)} to ${short(hi)}; the newest measurement of each run, mean over seeds${names.length > 2 ? ' and the other axes' : ''}. One number each: the verdict of the sweep says which differences count.` : '';
     drawCurves(); drawParallel(); choose();
   }
+  const seen = t => viridis(root.classList.contains('dark') ? .2 + .8 * t : .85 * t);    // a line on this background
   function drawCurves() {
     const m = metric.value || 'test/accuracy', now = model.get('chosen'), ps = points(), keys = [...new Set(ps.map(setting))];
     curves.title = METRICS[m] || m; curves.box.querySelector('b').textContent = curves.title;
     curves.set(ps.map(p => {
       const c = p.curve.filter(q => q[1][m] !== undefined && q[1][m] !== null), strong = lit ? lit.includes(p.name) : p.name === now;
-      const t = keys.length > 1 ? keys.indexOf(setting(p)) / (keys.length - 1) : .5, rgb = viridis(ui.root.classList.contains('dark') ? .2 + .8 * t : .85 * t);
+      const t = keys.length > 1 ? keys.indexOf(setting(p)) / (keys.length - 1) : .5, rgb = seen(t);
       return { name: setting(p) + ('seed' in p.values ? `, seed ${p.values.seed}` : ''), quiet: true, point: p.name, x: c.map(q => q[0]), y: c.map(q => q[1][m]), color: `rgb(${rgb})`, width: strong ? 3.2 : 1.3, alpha: strong ? 1 : lit || now ? .4 : .85 };
     }).sort((a, b) => a.width - b.width));
   }
   function drawParallel() {
     const names = Object.keys(axes()); parallelBox.hidden = names.length < 3; if (names.length < 3) return;
     const c = parallel, r = devicePixelRatio || 1, w = c.clientWidth, h = 190, g = c.getContext('2d'), m = metric.value, ps = points(), fg = getComputedStyle(root).getPropertyValue('--fg');
-    if (!w) return; c.width = w * r; c.height = h * r; g.scale(r, r); g.font = '11px system-ui,sans-serif'; g.textAlign = 'center';
+    if (!w) return; c.width = w * r; c.height = h * r; g.scale(r, r); g.font = '11px system-ui,sans-serif'; g.textAlign = 'center'; g.fillStyle = fg;
     const scores = ps.map(p => score(p, m)).filter(v => v !== null), lo = Math.min(...scores), hi = Math.max(...scores), xAt = i => 60 + i * (w - 120) / names.length;
     const yAt = t => h - 30 - t * (h - 60);
     g.fillText(METRICS[m] || m, xAt(names.length), 14); g.fillText(short(hi), xAt(names.length) + 30, yAt(1) + 4); g.fillText(short(lo), xAt(names.length) + 30, yAt(0) + 4);
     for (const p of ps) {
       const s = score(p, m); if (s === null) continue;
       const t = hi > lo ? (s - lo) / (hi - lo) : .5, strong = lit ? lit.includes(p.name) : p.name === model.get('chosen');
-      g.strokeStyle = `rgb(${viridis(t)})`; g.globalAlpha = strong ? 1 : lit ? .2 : .65; g.lineWidth = strong ? 3 : 1.4; g.beginPath();
+      g.strokeStyle = `rgb(${seen(t)})`; g.globalAlpha = strong ? 1 : lit ? .2 : .65; g.lineWidth = strong ? 3 : 1.4; g.beginPath();
       names.forEach((a, i) => { const n = axes()[a].length, y = yAt(n > 1 ? axes()[a].indexOf(p.values[a]) / (n - 1) : .5); g[i ? 'lineTo' : 'moveTo'](xAt(i) + (i ? -24 : 24), y); if (i) g.lineTo(xAt(i) + 24, y); });
       g.lineTo(xAt(names.length), yAt(t)); g.stroke(); g.globalAlpha = 1;
     }

@@ -84,7 +84,7 @@ export default { render({ model, el: host }) {
     pause.disabled = over_; stop.disabled = !['running', 'paused', 'pausing'].includes(s.state);
     for (const b of [save, rewind, fork, apply, beta, rate, loss, back, forkTo]) b.disabled = !s.steerable || (over_ && b !== rewind && b !== back && b !== fork && b !== forkTo);
     apply.title = s.steerable ? '' : 'these steps come from a loop of their own: only a Config or a run of run_dpo can be steered';
-    for (const [field, name] of [[beta, 'dpo_beta'], [rate, 'learning_rate'], [loss, 'loss']]) if (!field.dataset.dirty && document.activeElement !== field) field.value = fields[name] ?? '';
+    for (const [field, name] of [[beta, 'dpo_beta'], [rate, 'learning_rate'], [loss, 'loss']]) if (!field.dataset.dirty && focused(root) !== field) field.value = fields[name] ?? '';
     const steps = model.get('checkpoints') || [], was = back.value;
     if (back.dataset.key !== `${steps}`) back.replaceChildren(...steps.map(v => el('option', { value: v }, `step ${v}`)), ...(steps.length ? [] : [el('option', { value: '' }, 'no checkpoint yet')]));
     if (steps.includes(+was) && was !== '') back.value = was; else if (steps.length) back.value = steps.at(-1);
