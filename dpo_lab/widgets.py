@@ -139,7 +139,8 @@ class RunPoints(LabWidget):
         self.path, self.drawn = path, 1
         behind = [{'name': Run(Path(p)).path.name, 'points': thinned(RunFeed(p).poll()[0], 400)[0]}
                   for p in (getattr(o, 'path', o) for o in overlays)]
-        super().__init__(overlays=behind, code=f'TrainMonitor({written(source)})')
+        earlier = f", overlays=[{', '.join(map(name_of, overlays))}]" if overlays else ''
+        super().__init__(overlays=behind, code=f'TrainMonitor({written(source)}{earlier})')
         self.look()
         self.send_state('points')       # what is there already is state, and saved; what comes are messages
         if self.live: self.live.watchers.append(self.nudged.set)

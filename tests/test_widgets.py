@@ -187,6 +187,14 @@ def test_a_monitor_takes_the_steps_of_any_loop(tiny_rows):
     assert 'loop of their own' in monitor.status['note']
 
 
+def test_the_line_of_a_monitor_names_what_is_drawn_behind(run):
+    monitor = TrainMonitor(run, overlays=[run, str(run.path)])
+    assert monitor.code == f"TrainMonitor({str(run.path)!r}, overlays=[{str(run.path)!r}, {str(run.path)!r}])"
+    again = eval(monitor.code)
+    assert again.code == monitor.code and again.overlays == monitor.overlays
+    for widget in (monitor, again): widget.close()
+
+
 def test_new_points_are_messages_and_a_browser_that_missed_some_gets_all(run):
     monitor, sent = TrainMonitor(run), []
     monitor.send = lambda message, buffers=None: sent.append(message)
