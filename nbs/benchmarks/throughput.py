@@ -230,6 +230,8 @@ def main(c):
         peak = next(line.split()[1] for line in open('/proc/self/status') if line.startswith('VmHWM'))
         return print(int(peak) / 1e6)
     best, tried = search(place)
+    tuned = chz.replace(c, micro_batches=str(best['micro']), attentions=best['attention'])
+    memory = {name: peak_memory(tuned, name) for name in ('dpo_lab', 'trl')}      # while there is room beside them
     ours, peer = Ours(place, place.model()), Peer(place, place.model(), **best)
     differ = disagreement(ours, peer, place.others)
     print('  they differ by', ', '.join(f'{k} {v:.1e}' for k, v in differ.items()))
@@ -256,7 +258,6 @@ def main(c):
             use_exact_products()
         print(f'  step {i//c.batch_size}:', ', '.join(f'{k} {v[-1]:.3f}' for k, v in steps.items()), 's a pair')
     median = {name: statistics.median(seconds) for name, seconds in steps.items()}
-    tuned = chz.replace(c, micro_batches=str(best['micro']), attentions=best['attention'])
     result = {
         'asked': {k: v for k, v in chz.asdict(c).items() if k not in ('out', 'contestant', 'dataset_path')}
                  | {'model_name': Path(c.model_name).name, 'dataset': Path(c.dataset).name},
@@ -269,7 +270,7 @@ def main(c):
         'share_of_peak': work(c, ours.model, place.rows) / len(place.rows) / median['dpo_lab'] / gflops,
         'sweep_of_6': {name: 6*(median[name] + reference[name]) / (6*median['dpo_lab'] + reference['dpo_lab'])
                        for name in contestants if name != 'dpo_lab'},
-        'memory_gb': {name: peak_memory(tuned, name) for name in ('dpo_lab', 'trl')}}
+        'memory_gb': memory}
     print(json.dumps({k: v for k, v in result.items() if k not in ('steps', 'tried')}, indent=1))
     if c.out:
         with open(c.out, 'a') as f: f.write(json.dumps(result) + '\n')
