@@ -145,6 +145,7 @@ def _attend(q: Tensor, k: Tensor, v: Tensor, hidden: Tensor, scaling: float) -> 
     weights = [_weights(q, k, hidden, scaling, *block) for block in _blocks(k)]
     return torch.cat([w @ v[:, :w.shape[-1]] for w in weights], 1), weights
 
+# %% ../nbs/04c_attention.ipynb #5c1e9a70
 def _onto(total: Tensor|None, x: Tensor) -> Tensor:
     "Add to the first keys of a total, which the first call makes."
     if total is None: return at_least_float32(x)
