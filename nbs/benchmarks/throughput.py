@@ -198,8 +198,10 @@ class Place:
         pairs = load_pairs(c.dataset, c.dataset_path).train
         rows = encode_pairs(pairs, get_renderer(renderer, self.tokenizer), max_length=c.max_length)
         if c.prompt_share is not None: rows = with_share(rows, c.prompt_share)
-        self.rows, self.others = rows[:c.pairs], rows[c.pairs:c.pairs + c.batch_size]
-        if len(self.others) < c.batch_size: raise SystemExit(f'{len(rows)} pairs are too few for pairs={c.pairs}')
+        wanted = c.pairs + c.batch_size
+        if len(rows) < wanted: raise SystemExit(f'{len(rows)} pairs are too few for pairs={c.pairs}')
+        spread = [rows[i * len(rows) // wanted] for i in range(wanted)]         # all through the file
+        self.rows, self.others = spread[:c.pairs], spread[c.pairs:]
     def __getattr__(self, name): return getattr(self.c, name)
     def model(self): return load_policy(self.c.model_name, dtype=self.c.dtype, lora_rank=self.c.lora_rank)[0]
 
