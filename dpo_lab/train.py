@@ -18,6 +18,7 @@ __all__ = ['RULES', 'CHOICES', 'DEFAULTS', 'TINY_DEFAULTS', 'CANNOT_CHANGE', 'OF
 import json
 import math
 import os
+import re
 import shlex
 import shutil
 import signal
@@ -891,7 +892,12 @@ def parse(
     words, blueprint = sys.argv[1:] if argv is None else argv, chz.Blueprint(cls)
     if {'-h', '--help', 'help'} & {*words}: print(blueprint.get_help()); raise SystemExit(0)
     try: return blueprint.make_from_argv(words)
-    except Exception as e: raise ValueError(str(e)) from None
+    except Exception as e:
+        found = re.match("Could not interpret argument '(.*)' provided for param '(.*)'", str(e))
+        if not found: raise ValueError(str(e)) from None
+        value, known = found[1], chz.chz_fields(cls)[found[2]]
+        kind = getattr(known.x_type, '__name__', known.x_type)
+        raise ValueError(f"{found[2]}={value}: must be {kind} ({known._doc})") from None
 
 def ask_person(path: Path) -> str:
     "Ask at the terminal what to do with an existing run."

@@ -160,7 +160,8 @@ READY = """() => { const s = window.jupyterapp?.shell?.currentWidget?.context?.s
 
 WITHOUT_KERNEL = """async ([esm, state]) => {
   const module = await import(URL.createObjectURL(new Blob([esm], { type: 'text/javascript' })));
-  const model = { get: k => state[k], set: (k, v) => { state[k] = v; }, on() {}, off() {}, save_changes() {} };
+  const heard = {}, model = { get: k => state[k], set: (k, v) => { state[k] = v; }, save_changes() {}, off() {},
+    send() {}, on: (event, f) => (heard[event] ??= []).push(f) };
   const drawn = () => new Promise(done => requestAnimationFrame(() => setTimeout(done)));
   const timed = async (work, again = 5) => {
     const took = [];
@@ -175,6 +176,12 @@ WITHOUT_KERNEL = """async ([esm, state]) => {
   const type = text => { const box = find('Prompt contains'); box.value = text; box.oninput(); };
   out.filter = await timed(i => type('9'.repeat(i % 3 + 1))); type('');
   out.scroll = await timed(i => { list.scrollTop = 40000 * (i + 1); }, 9);
+  const tokens = n => Array.from({ length: n }, (_, i) => ['word ', Math.sin(i)]);
+  out.open = await timed(i => {
+    document.querySelectorAll('.lines .line')[i].click();
+    state.detail = { pair: i, prompt: 'a word '.repeat(300), chosen: tokens(400), rejected: tokens(400) };
+    heard['change:detail'].forEach(f => f());
+  });
   return out;
 }"""
 
@@ -195,9 +202,11 @@ def test_ten_thousand_pairs_stay_fluid(context):
     print(f'payload {len(json.dumps(state))/1e6:.1f} MB; ms:', {name: round(ms) for name, ms in took.items()})
     assert page.locator('.lines .line').count() < 40 and f'{n} pairs' in page.locator('.dl').inner_text()
     assert page.locator('.lines .line').first.inner_text() != ''
+    assert page.locator('.tok.scored').count() == 800       # one is open
     shot(page, 'ten-thousand')
     page.close()
-    assert took['scroll'] < 150 and max(took['sort'], took['filter']) < 400 and took['draw'] < 1000     # busy cores
+    assert took['scroll'] < 150 and max(took['sort'], took['filter'], took['open']) < 400       # busy cores
+    assert took['draw'] < 1000
 
 
 # What anywidget's front-end module protocol promises and no more, on pages that fetch nothing: mount() in each of them
@@ -242,7 +251,7 @@ def shown(tmp_path_factory):
     from dpo_lab.widgets import LossExplorer, PairBrowser, SweepPanel, TrainMonitor
     config = Config(log_path=str(tmp_path_factory.mktemp('hosts')/'grid'), max_steps=4, eval_every=2,
                     infrequent_eval_every=0)
-    grid = sweep(config, dpo_beta=[.1, .5], learning_rate=[1e-4, 2e-4])
+    grid = sweep(config, dpo_beta=[.1, .5], learning_rate=[1e-4, 2e-4], seed=[0, 1])
     run = next(iter(grid.runs.values()))
     return {'Loss explorer': LossExplorer(run), 'Training monitor': TrainMonitor(run), 'Sweep panel': SweepPanel(grid),
             'Pair browser': PairBrowser(run, record=1)}
@@ -280,6 +289,15 @@ def choose_a_point(frame, box):
     box.locator('.heat .cell:focus').press('Enter')
     until(lambda: 'python -m dpo_lab.train' in box.inner_text(), 10)
     assert 'dpo_beta=0.5' in frame.evaluate('host.state.chosen')
+    lines, said = box.get_by_label('Parallel coordinates'), []
+    lines.focus()
+    for _ in range(2):
+        lines.press('ArrowDown')
+        until(lambda: box.locator('.plot .sr').last.inner_text() not in ('', *said), 10)
+        said.append(box.locator('.plot .sr').last.inner_text())
+    assert float(said[0].split()[-1]) >= float(said[1].split()[-1])     # from the best to the worst
+    lines.press('Enter')
+    until(lambda: frame.evaluate('host.state.chosen') == said[1].split(': ')[0], 10)
     copy = box.get_by_role('button', name='Copy the line of Python').first
     copy.click()
     until(lambda: copy.inner_text() in ('Copied', 'Selected'), 10)

@@ -29,7 +29,8 @@ export default { render({ model, el: host }) {
   const metric = el('select', { 'aria-label': 'Metric of the heat map' }), xAxis = el('select', { 'aria-label': 'Axis from left to right' }), yAxis = el('select', { 'aria-label': 'Axis from top to bottom' });
   const heat = el('div', { class: 'heat', role: 'grid', 'aria-label': 'Heat map of the sweep: arrow keys move, Enter chooses' }), legend = el('div', { class: 'dim', style: 'font-size:11px' });
   const right = el('div', {}), two = el('div', { class: 'two' }, el('div', {}, el('div', { class: 'row', style: 'font-size:12px' }, metric, el('label', {}, 'across', xAxis), el('label', {}, 'down', yAxis)), heat, legend), right);
-  const parallel = el('canvas', { style: 'height:190px', role: 'img', 'aria-label': 'Parallel coordinates: a line for each point, through its values and its score' }), parallelBox = el('div', { class: 'plot', hidden: true }, el('div', { class: 'head' }, el('b', {}, 'all axes')), parallel);
+  const parallel = el('canvas', { tabIndex: 0, style: 'height:190px', role: 'img', 'aria-label': 'Parallel coordinates: a line for each point, through its values and its score. Up and down arrows go from the best point to the worst, Enter chooses' });
+  const said = el('div', { class: 'sr', 'aria-live': 'polite' }), parallelBox = el('div', { class: 'plot', hidden: true }, el('div', { class: 'head' }, el('b', {}, 'all axes')), parallel, said);
   const chosen = el('div', { role: 'status' }), code = codeLine(), shell = codeLine();
   shell.node.querySelector('code').setAttribute('aria-label', 'Command that trains the chosen point');
   root.append(el('div', { class: 'row' }, el('h4', {}, 'Sweep'), pill, bar, where), hands, note, verdict, two, parallelBox, chosen, code.node, shell.node);
@@ -121,6 +122,17 @@ export default { render({ model, el: host }) {
     const bg = getComputedStyle(root).getPropertyValue('--bg'), write = (text, x, y) => { g.fillStyle = bg; const w2 = g.measureText(text).width + 8; g.fillRect(x - w2 / 2, y - 11, w2, 15); g.fillStyle = fg; g.fillText(text, x, y); };
     names.forEach((a, i) => { write(a, xAt(i), 14); axes()[a].forEach((v, k) => write(typeof v === 'number' ? short(v) : String(v), xAt(i), yAt(axes()[a].length > 1 ? k / (axes()[a].length - 1) : .5) + 4)); });
   }
+  parallel.onkeydown = e => {
+    const way = { ArrowUp: -1, ArrowDown: 1, Enter: 0 }[e.key], m = metric.value, less = LESS.includes(m) ? 1 : -1;
+    const ps = points().filter(p => score(p, m) !== null).sort((a, b) => less * (score(a, m) - score(b, m)));
+    if (way === undefined || !ps.length) return;
+    e.preventDefault(); e.stopPropagation();
+    const at = ps.findIndex(p => lit && p.name === lit[0]);
+    if (!way) return at >= 0 && pick(ps[at].name);
+    const p = ps[Math.min(Math.max(at + way, 0), ps.length - 1)];
+    light([p.name]); said.textContent = `${p.name}: ${METRICS[m] || m} ${short(score(p, m))}`;
+  };
+  parallel.onblur = () => light(null);
   function choose() {
     const p = points().find(q => q.name === model.get('chosen'));
     shell.node.hidden = !p;
