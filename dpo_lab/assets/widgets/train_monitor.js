@@ -4,7 +4,7 @@ const PANELS = [
   { title: 'accuracy', lines: ['accuracy'] },
   { title: 'loss', lines: ['dpo_loss', 'loss'], band: true },
   { title: 'gradient norm', lines: ['grad_norm'], log: true },
-  { title: 'KL from the reference, nats', lines: ['kl'], band: true },
+  { title: 'KL from the reference, nats', lines: ['kl'], band: true, log: true },
   { title: 'beta', lines: ['beta'], log: true, exact: true },
   { title: 'learning rate', lines: ['learning_rate'], exact: true },
   { title: 'tokens a second', lines: ['tokens_per_second'] },
