@@ -290,10 +290,13 @@ def event_text(
 
 def thinned(
     points: list,   # of a run
-    most: int=1500, # how many may stay
-) -> tuple[list, int]: # points, and that every n-th stayed
-    "Fewer points of a long run; those with held-out metrics and the newest stay."
-    every = max(1, math.ceil(len(points)/most))
-    kept = [p for i, p in enumerate(points) if i % every == 0 or i == len(points) - 1
+    most: int=1500, # how many may stay, held-out ones apart
+) -> tuple[list, int]: # points, and that one of so many steps stayed
+    "Fewer points of a long run, evenly over its steps; those with held-out metrics and the newest stay too."
+    if len(points) <= most: return points, 1
+    span = points[-1][0] - points[0][0] + 1
+    every = 2**math.ceil(math.log2(span/most))      # so that a list thinned before keeps its places
+    places = [p[0]//every for p in points]
+    kept = [p for p, place, before in zip(points, places, [None, *places]) if place != before or p is points[-1]
             or any(n.startswith('test/') for n in p[1])]
     return kept, every

@@ -585,7 +585,7 @@ class OnPolicyRun:
     ):
         self.say, self.judge = say, find_judge(config.judge)
         self.config = c = resolve(config, *DPORun.suits)
-        self.path, self.resumed = settle_folder(c, ask)
+        self.path, self.resumed, self.lock = settle_folder(c, ask)
         pairs = load_prompts(c.dataset, c.dataset_path, c.dataset_revision)
         self.prompts, self.test = distinct_prompts(pairs.train, c.num_prompts, c.seed), c.test_dataset
         held = [p for p in pairs.test if p.chosen and p.rejected]
@@ -599,7 +599,10 @@ class OnPolicyRun:
         say(f'prompts    {c.dataset}: {len(self.prompts)}, {c.k} answers each, judged by {self.judge.name}')
 
     def __iter__(self) -> Iterator[Round]:
-        for n in range(1, self.config.rounds + 1): yield self.round(n)
+        self.lock.take()
+        try:
+            for n in range(1, self.config.rounds + 1): yield self.round(n)
+        finally: self.lock.release()
 
     def round(self, n: int) -> Round: # its pairs are on disk
         "Collect the pairs of a round, and lay out its training."

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['BEHAVIORS', 'write_json', 'append_jsonl', 'read_jsonl', 'keep_until', 'Run', 'RunWriter', 'new_run_path',
-           'settle_existing', 'environment']
+           'settle_existing', 'RunLock', 'environment']
 
 # %% ../nbs/07_runs.ipynb #ed0f3d88
 import json
@@ -16,6 +16,7 @@ from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
 from typing import Any
+from weakref import WeakValueDictionary
 
 # %% ../nbs/07_runs.ipynb #e562570d
 def _replace(path: Path, text: str):
@@ -191,6 +192,36 @@ def settle_existing(
                               "or behavior_if_log_dir_exists=resume to continue it, or delete to start over")
     if behavior == 'delete': shutil.rmtree(path)
     return 'new' if behavior == 'delete' else 'resume'
+
+# %% ../nbs/07_runs.ipynb #4c03acf4
+_LOCKS: WeakValueDictionary = WeakValueDictionary()     # folder -> the newest lock of this process
+
+class RunLock:
+    "The right to write a run folder."
+    def __init__(self,
+        path: Path, # the run folder; it need not exist
+    ):
+        from filelock import FileLock
+        self.path, self.lost, folder = path, False, path.resolve()
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        self.lock = FileLock(folder.with_name(f'.{folder.name}.lock'), timeout=0, thread_local=False)
+        if before := _LOCKS.get(str(folder)):
+            before.lost = True
+            before.release()
+        _LOCKS[str(folder)] = self
+        self.take()
+
+    def take(self):
+        "Lock the folder, if it is not locked already; raises if somebody else may write it."
+        from filelock import Timeout
+        if self.lost:
+            raise FileExistsError(f"{self.path}: a newer run of this process writes there, so this one cannot go on")
+        try: self.lock.is_locked or self.lock.acquire()
+        except Timeout: raise FileExistsError(
+            f"{self.path}: another process trains this run. Stop it there, follow it with "
+            f"TrainMonitor({str(self.path)!r}), or give another log_path") from None
+
+    def release(self): self.lock.release()
 
 # %% ../nbs/07_runs.ipynb #26dd7c11
 def environment() -> dict: # JSON-able

@@ -34,7 +34,8 @@ from typing import Any
 import chz
 
 from .renderers import nearest
-from .runs import BEHAVIORS, Run, RunWriter, environment, new_run_path, read_jsonl, settle_existing, write_json
+from .runs import (BEHAVIORS, Run, RunLock, RunWriter, environment, new_run_path, read_jsonl, settle_existing,
+                          write_json)
 
 # %% ../nbs/09_train.ipynb #b4027087
 def field(default, doc: str) -> Any:
@@ -166,18 +167,20 @@ def resolve(
 def settle_folder(
     config: Config,             # says where and what to do if something is there
     ask: Callable|None=None,    # asks a person what to do; None: nobody is there
-) -> tuple[Path, bool]: # the run folder, and whether a run continues there
-    "The folder of the run, writable."
+) -> tuple[Path, bool, RunLock]: # the run folder, whether a run continues there, and the lock on it
+    "The folder of the run, writable and locked."
     if config.log_path: path = Path(config.log_path).expanduser()
     elif config.log_relpath: path = Path('runs')/config.log_relpath
     else: path = new_run_path(config.model_name, config.dataset)
-    resumes = settle_existing(path, config.behavior_if_log_dir_exists, ask) == 'resume'
     try:
+        lock = RunLock(path)
+        resumes = settle_existing(path, config.behavior_if_log_dir_exists, ask) == 'resume'
         path.mkdir(parents=True, exist_ok=True)
         (path/'.writable').touch(); (path/'.writable').unlink()
+    except FileExistsError: raise
     except OSError as e:
         raise PermissionError(f"log_path={path}: cannot write there ({e.strerror}); choose another folder") from None
-    return path, resumes
+    return path, resumes, lock
 
 # %% ../nbs/09_train.ipynb #877c0245
 CANNOT_CHANGE = ('model_name', 'dataset', 'dataset_path', 'renderer_name', 'train_on_what', 'max_length', 'truncation',
@@ -433,7 +436,7 @@ class Experiment:
         ask: Callable|None=None,    # asks what to do with an existing run; None raises instead
     ):
         self.say = say
-        self.path, self.resumed = settle_folder(config, ask)
+        self.path, self.resumed, self.lock = settle_folder(config, ask)
         self.anchor = {}
         self.changed: dict = {}
         if self.resumed: config, self.changed = resume_config(config, saved_config(self))
@@ -456,7 +459,9 @@ class Experiment:
 
     def __next__(self):
         if self.held: held, self.held = self.held, None; return held
-        with interrupt_later(self.say) as heard: metrics = next(self.steps)
+        try:
+            with interrupt_later(self.say) as heard: metrics = next(self.steps)
+        except BaseException: self.lock.release(); raise        # it has ended, or failed
         if heard: self.leave(metrics)
         return metrics
 
@@ -465,6 +470,7 @@ class Experiment:
         self.held = metrics
         save_checkpoint(self, metrics.step)
         self.writer.event(metrics.step, 'interrupted')
+        self.lock.release()
         raise KeyboardInterrupt
 
 # %% ../nbs/09_train.ipynb #3c321244
@@ -750,6 +756,7 @@ def run_steps(
     for metrics in train(exp.model, batches_of, objective, exp.optimizer, total, rate, c.grad_clip, exp.start,
                          ahead=not exp.anchor):         # a batch holds its reference, which may move
         step = metrics.step
+        exp.lock.take()         # before anything is written
         if due(step, c.eval_every): metrics.update(evaluate(exp, step))
         if due(step, c.infrequent_eval_every): metrics.update(sample(exp, step))
         if step > exp.start and due(step, c.save_every): save_checkpoint(exp, step)
@@ -765,6 +772,7 @@ def finish(
     last,           # `StepMetrics` of the final weights
 ):
     "Save the last checkpoint and `final/`, and write down the last step."
+    exp.lock.take()
     save_checkpoint(exp, exp.total)
     save_final(exp)
     write_step(exp, last)

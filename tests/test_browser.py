@@ -173,7 +173,8 @@ WITHOUT_KERNEL = """async ([esm, state]) => {
   const out = { draw: await timed(render) };
   const find = label => document.querySelector(`[aria-label="${label}"]`), list = document.querySelector('.list');
   out.sort = await timed(() => find('Sort by margin').click());
-  const type = text => { const box = find('Prompt contains'); box.value = text; box.oninput(); };
+  const end = find('The last 160 characters of the prompt contain');
+  const type = text => { end.value = text; end.oninput(); };
   out.filter = await timed(i => type('9'.repeat(i % 3 + 1))); type('');
   out.scroll = await timed(i => { list.scrollTop = 40000 * (i + 1); }, 9);
   const tokens = n => Array.from({ length: n }, (_, i) => ['word ', Math.sin(i)]);
@@ -272,8 +273,22 @@ def steer_a_run(frame, box):
     beta.focus()
     frame.evaluate("host.model.set('fields', { dpo_beta: .7, learning_rate: 1, loss: 'ipo' })")
     assert beta.input_value() == '0.1'      # under the hand
-    box.get_by_role('button', name='Pause the training').click()
-    assert {'do': 'pause'} in frame.evaluate('host.sent')
+    beta.fill('0.3')
+    def sent(): return frame.evaluate('host.sent')[-1]
+    apply = {'do': 'change', 'dpo_beta': '0.3'}
+    for button, message in (('Pause the training', {'do': 'pause'}), ('Apply beta', apply)):
+        box.get_by_role('button', name=button).click()
+        assert sent() == message
+    # a finished run is not cut short by one click, and is forked where it is told
+    frame.evaluate("host.model.set('checkpoints', [2, 4])")
+    frame.evaluate("host.model.set('status', { ...host.state.status, state: 'finished' })")
+    rewind, last = box.get_by_label('Rewind to the chosen'), sent()
+    rewind.click()
+    assert sent() == last and 'lose what came after' in rewind.inner_text()
+    rewind.click()
+    assert sent() == {'do': 'rewind', 'step': 2}
+    box.get_by_role('button', name='Fork from the chosen checkpoint').click()
+    assert sent() == {'do': 'fork', 'path': '', 'step': 2, 'dpo_beta': '0.3'}
     frame.evaluate("""host.tell('msg:custom', { type: 'points', id: 1, start: host.state.points.length,
                                                 points: [[99, { margin: 7 }, {}]] })""")
     until(lambda: 'Newest: margin 7' in box.locator('canvas').first.get_attribute('aria-label'), 10)
@@ -298,6 +313,19 @@ def choose_a_point(frame, box):
     assert float(said[0].split()[-1]) >= float(said[1].split()[-1])     # from the best to the worst
     lines.press('Enter')
     until(lambda: frame.evaluate('host.state.chosen') == said[1].split(': ')[0], 10)
+    # a pointer on a line chooses it too, and so do the keys on the curves
+    def chosen(): return frame.evaluate('host.state.chosen')
+    for y in range(30, 160, 5):
+        lines.click(position={'x': lines.bounding_box()['width']/2, 'y': y})
+        if chosen() != said[1].split(': ')[0]: break
+    curves, clicked = box.get_by_label('Up and down arrows go from curve to curve'), chosen()
+    assert clicked != said[1].split(': ')[0] and clicked in frame.evaluate('host.state.points.map(p => p.name)')
+    curves.focus()
+    for _ in range(8):
+        curves.press('ArrowDown')
+        curves.press('Enter')
+        if chosen() != clicked: break
+    assert chosen() != clicked
     copy = box.get_by_role('button', name='Copy the line of Python').first
     copy.click()
     until(lambda: copy.inner_text() in ('Copied', 'Selected'), 10)
@@ -305,6 +333,11 @@ def choose_a_point(frame, box):
 
 def open_a_pair(frame, box):
     assert box.locator('.tok.scored').count()
+    text = box.get_by_label('chosen completion')
+    text.focus()
+    text.press('ArrowRight')
+    assert text.locator('.tok.here').count() == 1
+    until(lambda: 'nats' in box.locator('.sides .sr').first.inner_text(), 10)
     box.locator('.lines .line').nth(1).click()
     assert frame.evaluate('host.sent')[-1] == {'do': 'open', 'pair': frame.evaluate('host.state.opened')}
     frame.evaluate("host.model.set('detail', { ...host.state.details[0], prompt: 'And now?' })")

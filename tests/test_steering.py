@@ -1,4 +1,6 @@
 "A hand on a run under way: the same weights as a loop that does it itself, and every change written down."
+import subprocess
+import sys
 import time
 
 import pytest
@@ -131,6 +133,44 @@ def test_steps_of_a_plain_generator_pause_and_stop_but_cannot_be_steered():
     live.join()
     assert (live.state, live.step) == ('stopped', 5)
     with pytest.raises(ValueError, match='loop of their own'): live.change(dpo_beta=1.)
+
+
+def test_a_failed_run_goes_on_from_a_checkpoint(tmp_path):
+    def fail_once(metrics):
+        if metrics.step == 5 and live.state == 'running' and not live.note: raise FloatingPointError('not finite')
+    live = LiveRun(asked(tmp_path/'run'), fail_once).start()
+    live.join()
+    assert live.state == 'failed' and 'not finite' in live.note
+    live.rewind(3)
+    assert live.state == 'stopped'
+    live.start(); live.join()
+    assert live.state == 'finished' and Run(live.path).metrics.step.tolist() == list(range(9))
+
+
+def test_a_cell_run_again_never_trains_twice_in_one_folder(tmp_path):
+    first = LiveRun(asked(tmp_path/'run', max_steps=10**4)).start()
+    until(lambda: first.step)
+    again = LiveRun(asked(tmp_path/'run', behavior_if_log_dir_exists='delete', dpo_beta=.5)).start()
+    again.join()
+    assert (first.state, again.state) == ('stopped', 'finished')
+    assert Run(tmp_path/'run').metrics.step.tolist() == list(range(9))
+    # a run of a plain loop lets go too, and cannot go on
+    plain = run_dpo(asked(tmp_path/'plain'), quiet)
+    next(plain)
+    for _ in run_dpo(asked(tmp_path/'plain', behavior_if_log_dir_exists='delete'), quiet): pass
+    with pytest.raises(FileExistsError, match='newer run of this process'): next(plain)
+    assert Run(tmp_path/'plain').metrics.step.tolist() == list(range(9))
+
+
+def test_a_folder_that_another_process_trains_is_left_alone(tmp_path):
+    run = run_dpo(asked(tmp_path/'run'), quiet)
+    next(run)
+    words = f"log_path={tmp_path/'run'} behavior_if_log_dir_exists=delete max_steps=2"
+    command = [sys.executable, '-m', 'dpo_lab.train', *words.split()]
+    refused = subprocess.run(command, capture_output=True, text=True)
+    assert refused.returncode == 2 and 'another process trains this run' in refused.stderr
+    for _ in run: pass
+    assert Run(tmp_path/'run').metrics.step.tolist() == list(range(9))
 
 
 def test_a_failing_step_is_reported_not_lost():

@@ -2,22 +2,27 @@
 import json
 import math
 import os
+import re
+import shlex
 import shutil
 import subprocess
 import time
+from concurrent.futures import Future
+from pathlib import Path
 
 import pytest
 import torch
 
 pytest.importorskip('anywidget', reason="needs the lab extra: pip install 'dpo_lab[lab]'")
 
-from dpo_lab.diagnostics import counterfactual, open_run, pair_frame
+from dpo_lab.diagnostics import counterfactual, open_run, pair_frame, thinned
+from dpo_lab.live_sweep import LiveSweep
 from dpo_lab.losses import LOSSES, PairLogps
 from dpo_lab.models import tiny_model
-from dpo_lab.runs import Run, RunWriter, read_jsonl
+from dpo_lab.runs import Run, RunWriter, read_jsonl, write_json
 from dpo_lab.sweep import sweep
-from dpo_lab.train import Config, run_dpo
-from dpo_lab.widgets import ONE_PAIR, LossExplorer, PairBrowser, SweepPanel, TrainMonitor, script
+from dpo_lab.train import Config, parse, run_dpo
+from dpo_lab.widgets import DRAWN, LossExplorer, PairBrowser, SweepPanel, TrainMonitor, script
 
 WIDGETS = dict(loss_explorer=('loss_math', 'loss_explorer'), train_monitor=('train_monitor',),
                sweep_panel=('sweep_panel',), pair_browser=('pair_browser',))
@@ -78,8 +83,8 @@ def test_losses_in_javascript_are_those_of_the_chapter(beta):
         const pairs = {json.dumps(rows)}, z = zeroPoints(pairs), out = {{}};
         for (const name in LOSS) out[name] = pairs.map(p => LOSS[name](p, {beta}, 0.1, z));
         console.log(JSON.stringify(out));''')
-    assert sorted(got) == sorted(ONE_PAIR)
-    for name in ONE_PAIR:
+    assert sorted(got) == sorted(DRAWN)
+    for name in DRAWN:
         smoothed = {'label_smoothing': .1} if 'label_smoothing' in LOSSES[name].knobs else {}
         want = LOSSES[name](logps, beta, **smoothed)
         assert torch.allclose(torch.tensor(got[name], dtype=torch.float64), want, rtol=1e-6, atol=1e-9), name
@@ -108,7 +113,7 @@ def test_a_slider_sets_beta_and_an_unknown_loss_is_refused(run):
     assert explorer.beta == .1
     set_state(explorer, beta=.5)
     assert explorer.beta == .5
-    with pytest.raises(ValueError, match='no curve of one pair'): LossExplorer(selected=['aot'])
+    with pytest.raises(ValueError, match='no curve here'): LossExplorer(selected=['aot'])
 
 
 def test_a_monitor_steers_what_it_trains(tmp_path):
@@ -146,7 +151,7 @@ def test_a_monitor_shows_what_was_last_written(run, tmp_path):
 
 def test_a_mistake_is_said_in_the_widget_and_changes_nothing(tmp_path):
     monitor = TrainMonitor(asked(tmp_path/'run'), start=False)
-    for value, why in (('-1', 'above 0'), ('much', 'could not convert')):
+    for value, why in (('-1', 'above 0'), ('much', 'float')):
         press(monitor, 'change', dpo_beta=value, learning_rate='2e-4', loss='sigmoid')
         assert why in monitor.status['note']
     press(monitor, 'change', dpo_beta='0.1', learning_rate='2e-4', loss='sigmod')
@@ -166,6 +171,25 @@ def test_a_monitor_follows_a_folder_that_another_process_writes(run, tmp_path):
     until(lambda: [p[0] for p in monitor.points] == [0, 1])
     RunWriter(path).event(2, 'finished')
     until(lambda: monitor.status['state'] == 'finished')
+
+
+def test_a_folder_that_is_written_anew_is_followed_on(run, tmp_path):
+    shutil.copytree(run.path, path := tmp_path/'run')
+    (path/'events.jsonl').write_text('')
+    monitor = TrainMonitor(path)
+    path.rename(aside := tmp_path/'aside')
+    until(lambda: 'FileNotFoundError' in monitor.status['note'])
+    aside.rename(path)
+    RunWriter(path).metrics(9, {'margin': 1.})
+    until(lambda: monitor.points[-1][0] == 9 and 'Error' not in monitor.status['note'])
+
+
+def test_an_explorer_begins_with_the_loss_of_its_run(run, tmp_path):
+    shutil.copytree(run.path, path := tmp_path/'run')
+    write_json(path/'config.json', run.config | {'loss': 'hinge', 'label_smoothing': .2})
+    explorer = LossExplorer(path)
+    assert (explorer.selected, explorer.label_smoothing) == (['hinge'], .2)
+    assert LossExplorer().selected == ['sigmoid'] and LossExplorer(path, selected=['ipo']).selected == ['ipo']
 
 
 def test_a_followed_run_that_has_gone_silent_says_so(run, tmp_path):
@@ -222,17 +246,48 @@ def test_a_fork_that_is_refused_leaves_nothing_behind(tmp_path):
     until(lambda: (tmp_path/'fork'/'final').exists())
     at = monitor.live.step
     assert Run(tmp_path/'fork').metrics.beta[:30].tolist() == [.1]*at + [.4]*(30 - at)
+    # from a run that is done, of the checkpoint that is chosen
+    press(monitor, 'start'); until(lambda: monitor.status['state'] == 'finished')
+    press(monitor, 'fork', path=str(tmp_path/'late'), step=30)
+    assert 'step 30 is the end of the run' in monitor.status['note']
+    at = monitor.checkpoints[-2]
+    press(monitor, 'fork', path=str(tmp_path/'late'), step=at, dpo_beta='0.4')
+    until(lambda: (tmp_path/'late'/'final').exists())
+    assert Run(tmp_path/'late').metrics.beta[:30].tolist() == [.1]*at + [.4]*(30 - at)
+
+
+def test_what_is_drawn_of_a_long_run_is_spread_over_its_steps():
+    kept = []
+    for step in range(20_000):
+        kept.append([step, {'margin': 0.} | ({'test/margin': 0.} if step % 5000 == 1 else {}), {}])
+        if len(kept) > 3000: kept, every = thinned(kept)
+    steps = [p[0] for p in kept]
+    assert steps[0] == 0 and steps[-1] == 19_999 and {1, 5001, 10_001, 15_001} <= {*steps}
+    assert every == 16 and max(b - a for a, b in zip(steps, steps[1:])) < 2*every
 
 
 def test_a_panel_fills_and_exports_a_point(tmp_path):
     grid = sweep(asked(tmp_path/'grid', max_steps=4, eval_every=2, infrequent_eval_every=0), dpo_beta=[.1, .5],
-                 learning_rate=[1e-4])
+                 learning_rate=[1e-4], seed=[0, 1])
     panel = SweepPanel(grid)
-    assert [p['status'] for p in panel.points] == ['finished']*2 and panel.axes['dpo_beta'] == [.1, .5]
+    assert [p['status'] for p in panel.points] == ['finished']*4 and panel.axes['dpo_beta'] == [.1, .5]
     assert [c[0] for c in panel.points[1]['curve']] == list(range(5))
-    made = eval(panel.points[1]['python'].removeprefix('run_dpo'), {'Config': Config})
-    assert (made.dpo_beta, made.learning_rate) == (.5, 1e-4) and 'dpo_beta=0.5' in panel.points[1]['command']
+    python, command = (panel.points[3][kind] for kind in ('python', 'command'))
+    made, same = eval(re.search(r'Config\(.*\)\)', python)[0][:-1]), parse(Config, shlex.split(command)[3:])
+    assert (made.dpo_beta, made.learning_rate, made.seed) == (.5, 1e-4, 1) and made == same
+    exec(python.replace(str(tmp_path), str(tmp_path/'again')))
+    assert weights(Path(f'{tmp_path}/again/grid-best')) == weights(grid.path/panel.points[3]['name'])
     assert json.dumps(panel.get_state(), default=str)
+
+
+def weights(path): return (path/'final'/'model.safetensors').read_bytes()
+
+
+def test_a_panel_without_a_verdict_says_why(tmp_path, monkeypatch):
+    grid = sweep(asked(tmp_path/'grid', max_steps=1, eval_every=0, infrequent_eval_every=0), max_length=[32, 48])
+    def refuse(self, metric): raise ValueError('other pairs')
+    monkeypatch.setattr('dpo_lab.sweep.Sweep.verdict', refuse)
+    assert SweepPanel(grid).status['verdict'] == 'no verdict: other pairs'
 
 
 def test_a_panel_made_again_finds_the_sweep_that_runs(tmp_path):
@@ -321,3 +376,13 @@ def test_a_rewind_in_the_widget_takes_the_curve_back(tmp_path):
     press(monitor, 'start')
     until(lambda: monitor.status['state'] == 'finished' and monitor.points[-1][0] == 8)
     assert [p[0] for p in monitor.points] == list(range(9))
+
+
+def test_a_sweep_that_is_interrupted_can_be_started_again(tmp_path):
+    class Interrupted(LiveSweep):
+        def submit(self, fn, *args):
+            (future := Future()).set_exception(KeyboardInterrupt())
+            return future
+    live = Interrupted(asked(tmp_path/'grid'), {'dpo_beta': [.1, .5]}).start()
+    live.join()
+    assert live.state == 'stopped'

@@ -66,14 +66,14 @@ class Ours:
         find_layout(model)
 
     def logps(self, rows):
-        with torch.no_grad(): return pair_logps(self.model, collate(rows)).double()
+        with torch.no_grad(): return pair_logps(self.model, collate(rows).to(device_of(self.model))).double()
 
     def refer(self, rows): return with_reference(rows, ReferenceColumn(
         compute_reference(self.model, rows), torch.tensor(sizes_of(rows))))
 
     def gradient(self, rows):
         self.optimizer.zero_grad()
-        return self.objective(self.model, pack(rows), 0)[0]['dpo_loss']
+        return self.objective(self.model, [b.to(device_of(self.model)) for b in pack(rows)], 0)[0]['dpo_loss']
 
 
 class Peer:
@@ -89,8 +89,8 @@ class Peer:
         self.model, self.optimizer, self.micro = model, make_optimizer(model, RATE), micro
         dummy = Dataset.from_list([dict(prompt='a', chosen='b', rejected='c')])
         args = DPOConfig(output_dir=tempfile.mkdtemp(), beta=BETA, max_length=c.max_length, report_to=[], bf16=False,
-                         use_cpu=True, gradient_checkpointing=False, precompute_ref_log_probs=live is None,
-                         disable_tqdm=True)
+                         use_cpu=device_of(model).type == 'cpu', gradient_checkpointing=False,
+                         precompute_ref_log_probs=live is None, disable_tqdm=True)
         os.environ['TQDM_DISABLE'] = '1'
         self.trainer = DPOTrainer(model, ref_model=live, args=args, train_dataset=dummy, processing_class=c.tokenizer)
         self.known = {}
@@ -99,7 +99,8 @@ class Peer:
         examples = [dict(prompt_ids=row.prompt, chosen_ids=row.chosen, rejected_ids=row.rejected) for row in rows]
         for row, example in zip(rows, examples):
             if row.index in self.known: example.update(self.known[row.index])
-        return self.trainer.data_collator(examples)
+        batch = self.trainer.data_collator(examples)
+        return {k: v.to(device_of(self.model)) if torch.is_tensor(v) else v for k, v in batch.items()}
 
     def chunks(self, rows): return [rows[i:i+self.micro] for i in range(0, len(rows), self.micro)]
     def reference(self, rows):
@@ -123,17 +124,26 @@ class Peer:
         return total
 
 
+def device_of(model): return next(model.parameters()).device
+
+
+def now():
+    "Seconds, when a GPU has done what it was given."
+    if torch.cuda.is_available(): torch.cuda.synchronize()
+    return time.perf_counter()
+
+
 def step_seconds(contestant, rows):
-    start = time.perf_counter()
+    start = now()
     contestant.gradient(rows)
     contestant.optimizer.step()
-    return time.perf_counter() - start
+    return now() - start
 
 
 def refer_seconds(contestant, rows):
-    start = time.perf_counter()
+    start = now()
     rows = contestant.refer(rows)
-    return rows, time.perf_counter() - start
+    return rows, now() - start
 
 
 def disagreement(ours, peer, rows):
@@ -148,27 +158,28 @@ def disagreement(ours, peer, rows):
     return dict(nats=nats, loss=abs(losses[0] - losses[1]), gradient=(off/size).item())
 
 
-def peak_gflops(dtype):
-    "Speed of a product of this model's size in the dtype of the weights, at the present setting."
-    a, b = (torch.randn(*shape).to(dtype) for shape in ((2048, 576), (576, 1536)))
-    def run(n=20):
-        start = time.perf_counter()
-        for _ in range(n): a @ b
-        return 2*n*2048*576*1536 / (time.perf_counter() - start) / 1e9
+def peak_gflops(weight):
+    "Speed of a large product in the dtype and on the device of a weight, at the present setting."
+    m, k, n = (2048, 576, 1536) if weight.device.type == 'cpu' else (8192, 8192, 8192)
+    a, b = (torch.randn(*shape).to(weight) for shape in ((m, k), (k, n)))
+    def run(times=20):
+        start = now()
+        for _ in range(times): a @ b
+        return 2*times*m*k*n / (now() - start) / 1e9
     return max(run() for _ in range(5))
 
 
 def work(c, model, rows):
     "GFLOP that one exact step on these rows cannot avoid, without attention."
-    config = model.config.get_text_config()
-    head = config.vocab_size * config.hidden_size
-    body = sum(p.numel() for n, p in model.named_parameters() if 'lora_' not in n) - head
+    tables = {model.get_input_embeddings().weight, model.get_output_embeddings().weight}     # the first is looked up
+    head = model.get_output_embeddings().weight.numel()
+    body = sum(p.numel() for n, p in model.named_parameters() if 'lora_' not in n and p not in tables)
     tokens, scored = sum(row.num_tokens for row in rows), sum(sizes_of(rows))
     return (4 if c.lora_rank else 6) * (body*tokens + head*scored) / 1e9
 
 
 def peak_memory(c, name):
-    "GB that a process takes to run one contestant for two steps."
+    "GB, of the GPU where there is one, that a process takes to run one contestant for two steps."
     words = [f'{k}={v}' for k, v in chz.asdict(c).items() if v is not None and k not in ('out', 'contestant')]
     out = subprocess.run([sys.executable, __file__, *words, f'contestant={name}'], capture_output=True, text=True)
     if out.returncode: raise RuntimeError(out.stderr[-2000:])
@@ -207,19 +218,19 @@ class Place:
 
 
 def search(c):
-    "The settings under which TRL is fastest, and what was tried."
-    tried = {}
-    for attention in c.attentions.split(','):
-        for micro in map(int, c.micro_batches.split(',')):
-            peer = Peer(c, c.model(), micro, attention)
-            rows = peer.refer(c.others[:max(4, micro)])
-            name = f'{attention}, {micro}'
-            tried[name] = min(step_seconds(peer, rows) for _ in range(2)) / len(rows)
-            del peer
-            gc.collect()            # a trainer holds itself
-            print(f'  TRL with attention and micro-batch {name}: {tried[name]:.3f} s a pair')
-    attention, micro = min(tried, key=tried.get).split(', ')
-    return dict(attention=attention, micro=int(micro)), tried
+    "The settings under which TRL is fastest, and what was tried; of one setting nothing is."
+    settings = [dict(attention=a, micro=int(m)) for a in c.attentions.split(',') for m in c.micro_batches.split(',')]
+    if len(settings) == 1: return settings[0], {}
+    tried = []
+    for setting in settings:
+        peer = Peer(c, c.model(), **setting)
+        rows = peer.refer(c.others[:max(4, peer.micro)])
+        tried.append(min(step_seconds(peer, rows) for _ in range(2)) / len(rows))
+        del peer
+        gc.collect()            # a trainer holds itself
+        print(f"  TRL with {setting['attention']} attention, micro-batch {setting['micro']}: {tried[-1]:.3f} s a pair")
+    named = {f"{s['attention']}, {s['micro']}": seconds for s, seconds in zip(settings, tried)}
+    return settings[tried.index(min(tried))], named
 
 
 def main(c):
@@ -229,11 +240,13 @@ def main(c):
             place, place.model(), int(c.micro_batches.split(',')[0]), c.attentions.split(',')[0])
         rows = kind.refer(place.rows[:2*c.batch_size])
         for i in (0, len(rows) - c.batch_size): step_seconds(kind, rows[i:i+c.batch_size])
+        if torch.cuda.is_available(): return print(torch.cuda.max_memory_allocated() / 1e9)
         peak = next(line.split()[1] for line in open('/proc/self/status') if line.startswith('VmHWM'))
         return print(int(peak) / 1e6)
     best, tried = search(place)
     tuned = chz.replace(c, micro_batches=str(best['micro']), attentions=best['attention'])
-    memory = {name: peak_memory(tuned, name) for name in ('dpo_lab', 'trl')}      # while there is room beside them
+    measured = ('dpo_lab', 'trl') if 'tuned' in c.ways else ('dpo_lab',)
+    memory = {name: peak_memory(tuned, name) for name in measured}      # while there is room beside them
     ours, peer = Ours(place, place.model()), Peer(place, place.model(), **best)
     differ = disagreement(ours, peer, place.others)
     print('  they differ by', ', '.join(f'{k} {v:.1e}' for k, v in differ.items()))
@@ -251,7 +264,7 @@ def main(c):
         ready[name], seconds = refer_seconds(contestant, place.rows)
         reference[name] = seconds / len(place.rows)
         step_seconds(contestant, contestant.refer(place.others))          # warm
-    gflops = peak_gflops(next(ours.model.parameters()).dtype)
+    gflops = peak_gflops(next(ours.model.parameters()))
     for i in range(0, len(place.rows), c.batch_size):
         if i and time.monotonic() > end: break
         for name, contestant in contestants.items():                    # in turn: a busy machine is unfair to none
@@ -283,7 +296,8 @@ def machine(products):
     import trl
     cpu = next((line.split(':')[1].strip() for line in open('/proc/cpuinfo') if line.startswith('model name')),
                platform.processor()) if os.path.exists('/proc/cpuinfo') else platform.processor()
-    return dict(cpu=cpu, threads=torch.get_num_threads(), torch=torch.__version__, trl=trl.__version__,
+    gpu = {'gpu': torch.cuda.get_device_name()} if torch.cuda.is_available() else {}
+    return gpu | dict(cpu=cpu, threads=torch.get_num_threads(), torch=torch.__version__, trl=trl.__version__,
                 products=products, allocator={k: v for k, v in os.environ.items() if k.startswith('MALLOC_')})
 
 

@@ -39,7 +39,7 @@ def main(c):
     use_exact_products()
     place = Place(c)
     model, rows = place.model(), place.rows[:c.batch_size]
-    floor = work(c, model, rows) / len(rows) / peak_gflops(next(model.parameters()).dtype)
+    floor = work(c, model, rows) / len(rows) / peak_gflops(next(model.parameters()))
     result = dict(lora_rank=c.lora_rank, dtype=c.dtype, threads=torch.get_num_threads(), floor=floor, seconds={})
     micro, attention = int(c.micro_batches.split(',')[0]), c.attentions.split(',')[0]
     for name, make in {'dpo_lab': Ours, 'TRL, tuned': lambda c, model: Peer(c, model, micro, attention)}.items():

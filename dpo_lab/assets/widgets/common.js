@@ -84,7 +84,7 @@ const focused = node => node.getRootNode().activeElement;   // in a shadow root 
 function frame(el0, label) {
   const root = el('div', { class: 'dl', role: 'region', 'aria-label': label });
   // JupyterLab would take plain keys for its cells: arrows leave a slider, d d on a button deletes the cell
-  const plain = e => !e.ctrlKey && !e.metaKey && !e.altKey, hears = 'canvas, .list, .cell, input[type=text]';
+  const plain = e => !e.ctrlKey && !e.metaKey && !e.altKey, hears = 'canvas, .list, .cell, .text, input[type=text]';
   const keep = e => { const [at] = e.composedPath(); if (root.contains(at) && plain(e) && !at.matches(hears)) e.stopImmediatePropagation(); };
   window.addEventListener('keydown', keep, true);
   root.addEventListener('keydown', e => { if (plain(e)) e.stopPropagation(); });
@@ -115,10 +115,10 @@ function keepFocus(root, update) {
   if (at?.disabled && root.contains(at)) root.querySelector('button:not(:disabled)')?.focus();
 }
 
-// The line of Python that a widget stands for, and a button that copies it.
-function codeLine() {
-  const code = el('code', { 'aria-label': 'Python for what is shown', tabIndex: 0 });
-  const button = el('button', { type: 'button', 'aria-label': 'Copy the line of Python' }, 'Copy');
+// The line of Python that a widget stands for, or a command, and a button that copies it.
+function codeLine(what = 'line of Python') {
+  const code = el('code', { 'aria-label': `The ${what} for what is shown`, tabIndex: 0 });
+  const button = el('button', { type: 'button', 'aria-label': `Copy the ${what}` }, 'Copy');
   const say = text => { button.textContent = text; setTimeout(() => button.textContent = 'Copy', 1200); };
   button.onclick = async () => {
     try { await navigator.clipboard.writeText(code.textContent); say('Copied'); }
@@ -141,7 +141,7 @@ function ticks(lo, hi, log, n) {
 // A line chart on a canvas: bands, points with intervals, marks, hover, zoom, log and linear axes, keyboard.
 class Plot {
   constructor(host, ui, { title, xlabel = 'step', logx = false, logy = false, height = 150, group = null, onPick = null, toggle = true } = {}) {
-    Object.assign(this, { ui, title, xlabel, logx, logy, height, onPick, series: [], marks: [], dots: [], at: null, pressed: null });
+    Object.assign(this, { ui, title, xlabel, logx, logy, height, onPick, series: [], marks: [], dots: [], at: null, atY: null, pressed: null });
     this.group = group || { plots: [], range: null };
     this.group.plots.push(this);
     this.canvas = el('canvas', { tabIndex: 0, role: 'img', style: `height:${height}px` });
@@ -182,9 +182,14 @@ class Plot {
   hover(x, y = null) { this.group.plots.forEach(p => { p.at = x; p.atY = p === this ? y : null; p.draw(); p.tell(p === this); }); this.onNear?.(x === null ? null : this.near); }
   key(e) {
     const [lo, hi] = this.xr, span = hi - lo, at = this.at ?? (lo + hi) / 2, jump = this.logx ? null : Math.max(span / 60, 1e-9);
-    const move = d => this.hover(this.logx ? at * Math.exp(d * Math.log(hi / lo) / 60) : Math.min(hi, Math.max(lo, at + d * jump)));
-    const k = { ArrowLeft: () => move(-1), ArrowRight: () => move(1), '+': () => this.zoom([at - span / 4, at + span / 4]), '=': () => this.zoom([at - span / 4, at + span / 4]),
-      '-': () => this.zoom(null), '0': () => this.zoom(null), Escape: () => this.zoom(null), l: () => this.button.click(), Enter: () => this.onPick && this.near && this.onPick(this.near) }[e.key];
+    const move = d => this.hover(this.logx ? at * Math.exp(d * Math.log(hi / lo) / 60) : Math.min(hi, Math.max(lo, at + d * jump)), this.atY);
+    const next = d => {     // the next curve below or above
+      const ys = this.series.map(s => [s, this.nearest(s, at)]).filter(([, k]) => k >= 0).map(([s, k]) => d * this.py(s.y[k])).filter(y => y > (this.atY === null ? -Infinity : d * this.atY) + .01);
+      if (ys.length) this.hover(at, d * Math.min(...ys));
+    };
+    const closer = () => this.zoom(this.logx ? [at * (lo / hi) ** .25, at * (hi / lo) ** .25] : [at - span / 4, at + span / 4]);
+    const k = { ArrowLeft: () => move(-1), ArrowRight: () => move(1), '+': closer, '=': closer,
+      '-': () => this.zoom(null), '0': () => this.zoom(null), Escape: () => this.zoom(null), l: () => this.button.click(), ...(this.onPick && { ArrowUp: () => next(-1), ArrowDown: () => next(1) }), Enter: () => this.onPick && this.near && this.onPick(this.near) }[e.key];
     if (k) { e.preventDefault(); e.stopPropagation(); k(); this.say.textContent = this.tip.textContent; }
   }
   set(series, marks = [], dots = []) {
@@ -270,13 +275,18 @@ class Plot {
         g.globalAlpha = 1;
       }
     }
-    for (const d of this.dots) { if (!ok(d.y)) continue; g.globalAlpha = d.alpha ?? .35; g.fillStyle = typeof d.color === 'number' ? palette[d.color] : d.color; g.beginPath(); g.arc(this.px(d.x), this.py(d.y), d.r || 2.4, 0, 7); g.fill(); }
+    for (const d of this.dots) { if (!ok(d.y)) continue; g.globalAlpha = d.alpha ?? .35; g.fillStyle = color(d); g.beginPath(); g.arc(this.px(d.x), this.py(d.y), d.r || 2.4, 0, 7); g.fill(); }
     g.globalAlpha = 1;
     if (this.pressed !== null && this.pressed !== undefined && Math.abs(this.drag - this.pressed) > 4) { g.globalAlpha = .15; g.fillStyle = fg; g.fillRect(Math.min(this.pressed, this.drag), 0, Math.abs(this.drag - this.pressed), h - 18); g.globalAlpha = 1; }
     if (this.at !== null && this.at !== undefined) { g.strokeStyle = dim; g.lineWidth = 1; g.beginPath(); g.moveTo(this.px(this.at), 0); g.lineTo(this.px(this.at), h - 18); g.stroke(); }
     g.restore();
     const named = this.series.filter(s => s.name && s.x.length).map(s => `${s.name} ${short(s.y.filter(v => v !== null && v !== undefined && isFinite(v)).at(-1))}`);
-    c.setAttribute('aria-label', `${this.title}, against ${this.xlabel}. Newest: ${named.join(', ') || 'nothing yet'}. Arrow keys read values, plus zooms, zero shows all, l changes the axis.`);
+    c.setAttribute('aria-label', `${this.title}, against ${this.xlabel}. Newest: ${named.join(', ') || 'nothing yet'}. Arrow keys read values, plus zooms, zero shows all, l changes the axis.${this.onPick ? ' Up and down arrows go from curve to curve, Enter chooses.' : ''}`);
+  }
+  nearest(s, at) {
+    let k = -1, gap = Infinity;
+    for (let i = 0; i < s.x.length; i++) { const d = Math.abs(this.logx ? Math.log(s.x[i] / at) : s.x[i] - at); if (d < gap && s.y[i] !== null && s.y[i] !== undefined) { gap = d; k = i; } }
+    return k;
   }
   // the value of each series nearest to the cursor
   tell(mine) {
@@ -284,8 +294,7 @@ class Plot {
     if (this.at === null || !this.series.length) { this.tip.hidden = true; return; }
     let best = null; const lines = [];
     for (const s of this.series) {
-      let k = -1, gap = Infinity;
-      for (let i = 0; i < s.x.length; i++) { const d = Math.abs(this.logx ? Math.log(s.x[i] / this.at) : s.x[i] - this.at); if (d < gap && s.y[i] !== null && s.y[i] !== undefined) { gap = d; k = i; } }
+      const k = this.nearest(s, this.at);
       if (k < 0 || (s.quiet && !this.onPick)) continue;
       const text = `${s.name} ${short(s.y[k])}` + (s.lo && s.lo[k] !== undefined && s.lo[k] !== null ? `  (${short(s.lo[k])} to ${short(s.hi[k])})` : '') + (s.points ? ` @${short(s.x[k])}` : '');
       if (this.onPick && this.atY !== null) { const d = Math.abs(this.py(s.y[k]) - this.atY); if (!best || d <= best.d) best = { d, s, text, x: s.x[k] }; }

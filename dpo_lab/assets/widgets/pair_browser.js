@@ -18,10 +18,11 @@ export default { render({ model, el: host }) {
     .dl .text { font:12.5px/1.75 ui-monospace,Menlo,monospace; white-space:pre-wrap; overflow-wrap:anywhere; margin-top:5px; }
     .dl .tok { border-radius:3px; text-decoration-thickness:2px; text-underline-offset:4px; }
     .dl .tok.scored { text-decoration:underline; text-decoration-color:var(--dim); }
-    .dl .tok.unscored { color:var(--dim); }`));
+    .dl .tok.unscored { color:var(--dim); }
+    .dl .tok.here { outline:2px solid var(--accent); }`));
   const all = model.get('columns'), n = all.pair.length;
   const count = el('span', { class: 'dim', role: 'status' });
-  const search = el('input', { type: 'text', placeholder: 'prompt contains', 'aria-label': 'Prompt contains', size: 18 });
+  const search = el('input', { type: 'text', placeholder: 'end of prompt contains', 'aria-label': 'The last 160 characters of the prompt contain', size: 18 });
   const by = el('select', { 'aria-label': 'Number to filter by' }, ...SHOWN.slice(0, 8).filter(([k]) => all[k]).map(([k, t]) => el('option', { value: k, selected: k === 'delta' }, t)));
   const from = el('input', { type: 'text', size: 6, placeholder: 'from', 'aria-label': 'from' }), to = el('input', { type: 'text', size: 6, placeholder: 'to', 'aria-label': 'to' });
   const flips = el('input', { type: 'checkbox' }), odd = el('input', { type: 'checkbox' });
@@ -83,8 +84,21 @@ export default { render({ model, el: host }) {
       const rgb = v >= 0 ? (dark ? '64,150,255' : '0,100,200') : (dark ? '255,130,60' : '213,94,0');
       return el('span', { class: 'tok ' + (v === null ? 'unscored' : 'scored'), style: v === null ? '' : `background:rgba(${rgb},${(.75 * Math.sqrt(Math.abs(v) / reach) * (Math.abs(v) > .005)).toFixed(2)})`, title: v === null ? 'not scored' : `${v >= 0 ? '+' : ''}${v.toFixed(3)} nats` }, text);
     });
+    // arrows go through the tokens, and their numbers are said
+    const reading = (name, spans) => {
+      const said = el('span', { class: 'sr', 'aria-live': 'polite' }), text = el('div', { class: 'text', tabIndex: 0, role: 'group', 'aria-label': `${name} completion: left and right arrows read its tokens` }, ...spans);
+      let at = -1;
+      text.onkeydown = e => {
+        const way = { ArrowRight: 1, ArrowLeft: -1 }[e.key];
+        if (!way || !spans.length) return;
+        e.preventDefault(); e.stopPropagation();
+        spans[at]?.classList.remove('here'); at = Math.min(Math.max(at + way, 0), spans.length - 1);
+        spans[at].classList.add('here'); said.textContent = `${spans[at].textContent}: ${spans[at].title}`;
+      };
+      return el('div', {}, text, said);
+    };
     const box = name => { const s = d[name].reduce((a, t) => a + (t[1] ?? 0), 0), k = d[name].filter(t => t[1] !== null).length; return el('div', { class: 'side' }, el('b', {}, name), el('span', { class: 'dim num' }, `  ${signed(s)} nats since the reference with the final weights, ${k} scored tokens`),
-      el('div', { class: 'dim num', style: 'font-size:11.5px' }, at < 0 || !all[name + '_logratio'] ? '' : `${signed(all[name + '_logratio'][at])} when step ${all.step[at]} saw it, as in the table`), el('div', { class: 'text' }, ...tokens(d[name]))); };
+      el('div', { class: 'dim num', style: 'font-size:11.5px' }, at < 0 || !all[name + '_logratio'] ? '' : `${signed(all[name + '_logratio'][at])} when step ${all.step[at]} saw it, as in the table`), reading(name, tokens(d[name]))); };
     detail.replaceChildren(el('div', { class: 'side', style: 'margin-top:8px' }, el('b', {}, `prompt of pair ${d.pair}`), el('div', { class: 'text', style: 'max-height:180px;overflow:auto', tabIndex: 0 }, d.prompt)), el('div', { class: 'sides' }, box('chosen'), box('rejected')),
       el('div', { class: 'dim', style: 'font-size:11.5px;margin:4px 0' }, `log π − log ref of each token: blue has become likelier, orange less likely; full colour is ${reach.toFixed(2)} nats. Underlined tokens are scored.`));
     code.set(model.get('code'));

@@ -31,8 +31,7 @@ export default { render({ model, el: host }) {
   const right = el('div', {}), two = el('div', { class: 'two' }, el('div', {}, el('div', { class: 'row', style: 'font-size:12px' }, metric, el('label', {}, 'across', xAxis), el('label', {}, 'down', yAxis)), heat, legend), right);
   const parallel = el('canvas', { tabIndex: 0, style: 'height:190px', role: 'img', 'aria-label': 'Parallel coordinates: a line for each point, through its values and its score. Up and down arrows go from the best point to the worst, Enter chooses' });
   const said = el('div', { class: 'sr', 'aria-live': 'polite' }), parallelBox = el('div', { class: 'plot', hidden: true }, el('div', { class: 'head' }, el('b', {}, 'all axes')), parallel, said);
-  const chosen = el('div', { role: 'status' }), code = codeLine(), shell = codeLine();
-  shell.node.querySelector('code').setAttribute('aria-label', 'Command that trains the chosen point');
+  const chosen = el('div', { role: 'status' }), code = codeLine(), shell = codeLine('command');
   root.append(el('div', { class: 'row' }, el('h4', {}, 'Sweep'), pill, bar, where), hands, note, verdict, two, parallelBox, chosen, code.node, shell.node);
   const curves = new Plot(right, ui, { title: 'curves of all points', height: 250, onPick: s => pick(s.point) });
   curves.button.hidden = false;
@@ -111,17 +110,28 @@ export default { render({ model, el: host }) {
     if (!w) return; c.width = w * r; c.height = h * r; g.scale(r, r); g.font = '11px system-ui,sans-serif'; g.textAlign = 'center'; g.fillStyle = fg;
     const scores = ps.map(p => score(p, m)).filter(v => v !== null), lo = Math.min(...scores), hi = Math.max(...scores), xAt = i => 60 + i * (w - 120) / names.length;
     const yAt = t => h - 30 - t * (h - 60);
+    ways = [];
     g.fillText(METRICS[m] || m, xAt(names.length), 14); g.fillText(short(hi), xAt(names.length) + 30, yAt(1) + 4); g.fillText(short(lo), xAt(names.length) + 30, yAt(0) + 4);
     for (const p of ps) {
       const s = score(p, m); if (s === null) continue;
       const t = hi > lo ? (s - lo) / (hi - lo) : .5, strong = lit ? lit.includes(p.name) : p.name === model.get('chosen');
       g.strokeStyle = `rgb(${seen(t)})`; g.globalAlpha = strong ? 1 : lit ? .2 : .65; g.lineWidth = strong ? 3 : 1.4; g.beginPath();
-      names.forEach((a, i) => { const n = axes()[a].length, y = yAt(n > 1 ? axes()[a].indexOf(p.values[a]) / (n - 1) : .5); g[i ? 'lineTo' : 'moveTo'](xAt(i) + (i ? -24 : 24), y); if (i) g.lineTo(xAt(i) + 24, y); });
-      g.lineTo(xAt(names.length), yAt(t)); g.stroke(); g.globalAlpha = 1;
+      const way = [...names.flatMap((a, i) => { const n = axes()[a].length, y = yAt(n > 1 ? axes()[a].indexOf(p.values[a]) / (n - 1) : .5); return [[xAt(i) - 24, y], [xAt(i) + 24, y]]; }).slice(1), [xAt(names.length), yAt(t)]];
+      way.forEach((at, i) => g[i ? 'lineTo' : 'moveTo'](...at)); g.stroke(); g.globalAlpha = 1;
+      ways.push({ name: p.name, way });
     }
     const bg = getComputedStyle(root).getPropertyValue('--bg'), write = (text, x, y) => { g.fillStyle = bg; const w2 = g.measureText(text).width + 8; g.fillRect(x - w2 / 2, y - 11, w2, 15); g.fillStyle = fg; g.fillText(text, x, y); };
     names.forEach((a, i) => { write(a, xAt(i), 14); axes()[a].forEach((v, k) => write(typeof v === 'number' ? short(v) : String(v), xAt(i), yAt(axes()[a].length > 1 ? k / (axes()[a].length - 1) : .5) + 4)); });
   }
+  let ways = [];      // the lines of the parallel coordinates, as they are drawn
+  const under = e => {
+    const gap = ({ way }) => Math.min(...way.slice(1).map(([x, y], i) => { const [x0, y0] = way[i]; return e.offsetX < x0 || e.offsetX > x ? Infinity : Math.abs(y0 + (y - y0) * (e.offsetX - x0) / (x - x0) - e.offsetY); }));
+    const [near] = ways.map(w => [gap(w), w.name]).sort((a, b) => a[0] - b[0]);
+    return near && near[0] < 12 ? near[1] : null;
+  };
+  parallel.onpointermove = e => { const name = under(e); if (name !== (lit ? lit[0] : null)) light(name ? [name] : null); };
+  parallel.onpointerleave = () => light(null);
+  parallel.onclick = e => { const name = under(e); if (name) pick(name); };
   parallel.onkeydown = e => {
     const way = { ArrowUp: -1, ArrowDown: 1, Enter: 0 }[e.key], m = metric.value, less = LESS.includes(m) ? 1 : -1;
     const ps = points().filter(p => score(p, m) !== null).sort((a, b) => less * (score(a, m) - score(b, m)));

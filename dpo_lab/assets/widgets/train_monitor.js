@@ -22,21 +22,28 @@ export default { render({ model, el: host }) {
   const save = button('Checkpoint', 'Save a checkpoint now', () => ({ do: 'checkpoint' }));
   const back = el('select', { 'aria-label': 'Checkpoint to rewind to' });
   const rewind = button('Rewind', 'Rewind to the chosen checkpoint', () => ({ do: 'rewind', step: +back.value }));
+  const go = rewind.onclick, calm = () => { rewind.textContent = 'Rewind'; delete rewind.dataset.sure; };
+  rewind.onclick = () => {    // a finished run would lose its final weights
+    if (model.get('status').state !== 'finished' || rewind.dataset.sure) { calm(); return go(); }
+    rewind.textContent = 'Rewind and lose what came after?'; rewind.dataset.sure = 1; setTimeout(calm, 6000);
+  };
   const forkTo = el('input', { type: 'text', size: 16, 'aria-label': 'Folder of the fork', placeholder: 'folder of the fork' });
-  const fork = button('Fork', 'Fork from here into a new run', () => ({ do: 'fork', path: forkTo.value, dpo_beta: beta.value, learning_rate: rate.value, loss: loss.value }));
+  const typed = () => Object.fromEntries([['dpo_beta', beta], ['learning_rate', rate], ['loss', loss]].filter(([, f]) => f.dataset.dirty).map(([name, f]) => [name, f.value]));
+  const over = () => ['finished', 'failed'].includes(model.get('status').state);
+  const fork = button('Fork', 'Fork from here into a new run', () => ({ do: 'fork', path: forkTo.value, step: over() ? +back.value : null, ...typed() }));
   const beta = el('input', { type: 'text', size: 6, inputMode: 'decimal', 'aria-label': 'beta from the next step' });
   const rate = el('input', { type: 'text', size: 7, inputMode: 'decimal', 'aria-label': 'learning rate from the next step, the peak of its schedule' });
   const loss = el('input', { type: 'text', size: 14, 'aria-label': 'loss from the next step' });
   const names = el('datalist', { id: 'dl' + Math.random().toString(36).slice(2) }, ...(model.get('losses') || []).map(n => el('option', { value: n })));
   loss.setAttribute('list', names.id);
-  const apply = button('Apply from the next step', 'Apply beta, learning rate and loss from the next step', () => ({ do: 'change', dpo_beta: beta.value, learning_rate: rate.value, loss: loss.value }), true);
+  const apply = button('Apply from the next step', 'Apply beta, learning rate and loss from the next step', () => ({ do: 'change', ...typed() }), true);
   for (const field of [beta, rate, loss]) { field.oninput = () => field.dataset.dirty = 1; field.onkeydown = e => { e.stopPropagation(); if (e.key === 'Enter') apply.click(); }; }
   forkTo.onkeydown = e => e.stopPropagation();
   const hands = el('div', {}, el('div', { class: 'row' }, pause, stop, save, el('label', {}, back), rewind, forkTo, fork),
     el('div', { class: 'row' }, el('label', {}, 'beta', beta), el('label', {}, 'learning rate', rate), el('label', {}, 'loss', loss, names), apply));
   const smoothing = el('input', { type: 'range', min: 0, max: .98, step: .02, value: model.get('smoothing'), 'aria-label': 'smoothing of the curves', style: 'width:110px' });
-  const bands = el('input', { type: 'checkbox', checked: true }), over = el('input', { type: 'checkbox', checked: true }), reset = el('button', { type: 'button' }, 'Show all steps');
-  const overLabel = el('label', {}, over, 'earlier runs');
+  const bands = el('input', { type: 'checkbox', checked: true }), behind = el('input', { type: 'checkbox', checked: true }), reset = el('button', { type: 'button' }, 'Show all steps');
+  const overLabel = el('label', {}, behind, 'earlier runs');
   const view = el('div', { class: 'row dim', style: 'font-size:12px' }, el('label', {}, 'smoothing', smoothing), el('label', {}, bands, 'bands: middle half and 80 % of the pairs'), overLabel, reset,
     el('span', {}, 'drag to zoom, double click to go back'));
   const grid = el('div', { class: 'plots' }), code = codeLine(), said = el('details', { open: true });
@@ -62,7 +69,7 @@ export default { render({ model, el: host }) {
     return out;
   }
   function draw() {
-    const points = model.get('points') || [], overlays = over.checked ? model.get('overlays') || [] : [];
+    const points = model.get('points') || [], overlays = behind.checked ? model.get('overlays') || [] : [];
     overLabel.hidden = !(model.get('overlays') || []).length;
     const marks = (model.get('events') || []).filter(e => e.event !== 'started').map((e, i) => ({ x: e.step, text: e.text || e.event, row: i % 3, color: e.event === 'changed' ? 4 : undefined }));
     for (const p of plots) {
@@ -78,18 +85,20 @@ export default { render({ model, el: host }) {
     where.textContent = `step ${s.step ?? '–'}${s.total ? ` of ${s.total}` : ''}${s.path ? ' · ' + s.path : ''}${s.every > 1 ? ` · every ${s.every}th step is drawn` : ''}`;
     note.textContent = s.note || ''; note.className = s.note && /Error|error/.test(s.note) ? 'bad' : 'dim';
     hands.hidden = !live;
-    const over_ = ['finished', 'failed'].includes(s.state);
     pause.textContent = s.state === 'running' ? 'Pause' : s.state === 'ready' ? 'Start' : 'Continue';
     pause.setAttribute('aria-label', `${pause.textContent} the training`);
-    pause.disabled = over_; stop.disabled = !['running', 'paused', 'pausing'].includes(s.state);
-    for (const b of [save, rewind, fork, apply, beta, rate, loss, back, forkTo]) b.disabled = !s.steerable || (over_ && b !== rewind && b !== back && b !== fork && b !== forkTo);
+    pause.disabled = over(); stop.disabled = !['running', 'paused', 'pausing'].includes(s.state);
+    for (const b of [rewind, fork, beta, rate, loss, back, forkTo]) b.disabled = !s.steerable;
+    for (const b of [save, apply]) b.disabled = !s.steerable || over();
+    fork.setAttribute('aria-label', `Fork from ${over() ? 'the chosen checkpoint' : 'here'} into a new run`);
     apply.title = s.steerable ? '' : 'these steps come from a loop of their own: only a Config or a run of run_dpo can be steered';
     for (const [field, name] of [[beta, 'dpo_beta'], [rate, 'learning_rate'], [loss, 'loss']]) if (!field.dataset.dirty && focused(root) !== field) field.value = fields[name] ?? '';
     const steps = model.get('checkpoints') || [], was = back.value;
     if (back.dataset.key !== `${steps}`) back.replaceChildren(...steps.map(v => el('option', { value: v }, `step ${v}`)), ...(steps.length ? [] : [el('option', { value: '' }, 'no checkpoint yet')]));
-    if (steps.includes(+was) && was !== '') back.value = was; else if (steps.length) back.value = steps.at(-1);
+    if (steps.includes(+was) && was !== '') back.value = was; else if (steps.length) back.value = steps.at(over() && steps.length > 1 ? -2 : -1);
     back.dataset.key = `${steps}`;
     if (!steps.length) rewind.disabled = true;
+    if (!steps.length && over()) fork.disabled = true;
     code.set(model.get('code'));
   }
   function samples() {     // what the model wrote when it was last asked
@@ -111,7 +120,7 @@ export default { render({ model, el: host }) {
   for (const name of ['points', 'events', 'overlays']) model.on(`change:${name}`, later);
   for (const name of ['status', 'fields', 'checkpoints', 'code']) model.on(`change:${name}`, () => keepFocus(root, status));
   model.on('change:samples', samples);
-  smoothing.oninput = bands.onchange = over.onchange = later;
+  smoothing.oninput = bands.onchange = behind.onchange = later;
   status(); draw(); samples(); ask({ do: 'sync' });
   return () => { model.off?.('msg:custom', hear); ui.close(); };
 } };
