@@ -282,6 +282,7 @@ def steer_a_run(frame, box):
     # a finished run is not cut short by one click, and is forked where it is told
     frame.evaluate("host.model.set('checkpoints', [2, 4])")
     frame.evaluate("host.model.set('status', { ...host.state.status, state: 'finished' })")
+    box.get_by_label('Checkpoint to rewind to').select_option(index=0)
     rewind, last = box.get_by_label('Rewind to the chosen'), sent()
     rewind.click()
     assert sent() == last and 'lose what came after' in rewind.inner_text()
