@@ -165,6 +165,13 @@ def test_a_failed_point_is_a_row_and_the_others_go_on(tmp_path, capsys):
     assert 'FloatingPointError' in out and 'learning_rate=0.0001 has the best' in out
 
 
+def test_each_point_has_a_tracker_of_its_own_also_where_one_fails(tmp_path, trackio):
+    sweep(short(tmp_path/'sweep', tracker='trackio'), learning_rate=[1e30, 1e-4])
+    assert [(told.name, told.open) for told in trackio] == [('learning_rate=1e+30', False),
+                                                            ('learning_rate=0.0001', False)]
+    assert trackio[1].steps == [0, 1, 2]
+
+
 def test_two_processes_give_the_same_numbers_and_share_the_reference(four, tmp_path, monkeypatch):
     monkeypatch.setenv('DPO_LAB_CACHE', str(tmp_path/'cache'))
     config = chz.replace(four[0].config, log_path=str(tmp_path/'sweep'))
