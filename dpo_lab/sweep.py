@@ -4,11 +4,12 @@
 
 # %% auto #0
 __all__ = ['ROWS_DEPEND_ON', 'SHOWN', 'METRICS', 'OTHER_PAIRS', 'logspace', 'as_axes', 'combination', 'grid', 'point_name',
-           'point_configs', 'status', 'shared_rows', 'open_run', 'run_point', 'share_cores', 'processes', 'outcomes',
-           'Sweep', 'sweep_table', 'with_interval', 'short_table', 'sweep_folder', 'begin_sweep', 'locked',
-           'train_points', 'sweep', 'student', 'interval', 'delta_of', 'pair_values', 'Verdict', 'compare',
-           'command_of', 'train_command', 'folder_bytes', 'Probe', 'probe', 'point_seconds', 'estimate', 'SweepConfig',
-           'split_values', 'parse_sweep', 'human', 'plan_text', 'follow_points', 'show_sweep', 'main']
+           'point_configs', 'status', 'shared_rows', 'open_run', 'run_point', 'share_cores', 'cores_each',
+           'end_processes', 'Workers', 'processes', 'outcomes', 'Sweep', 'sweep_table', 'with_interval', 'short_table',
+           'sweep_folder', 'begin_sweep', 'locked', 'train_points', 'sweep', 'student', 'interval', 'delta_of',
+           'pair_values', 'Verdict', 'compare', 'command_of', 'train_command', 'folder_bytes', 'Probe', 'probe',
+           'point_seconds', 'estimate', 'SweepConfig', 'split_values', 'parse_sweep', 'human', 'plan_text',
+           'follow_points', 'show_sweep', 'main']
 
 # %% ../nbs/15_sweep.ipynb #8acd4710
 import gc
@@ -19,6 +20,7 @@ import random
 import re
 import shlex
 import shutil
+import signal
 import sys
 import tempfile
 import threading
@@ -27,7 +29,7 @@ import traceback
 import uuid
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ProcessPoolExecutor
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from multiprocessing import get_context
 from pathlib import Path
@@ -185,18 +187,41 @@ def share_cores(
     threads: int, # for each worker
 ):
     "Called in a new worker, before anything heavy is imported."
+    signal.signal(signal.SIGINT, signal.SIG_IGN)    # Ctrl-C reaches all processes: who began the workers ends them
     os.environ['OMP_NUM_THREADS'] = str(threads)
     import torch
     torch.set_num_threads(threads)
     quiet_libraries()
 
-def processes(
-    workers: int, # how many points at a time
-) -> ProcessPoolExecutor:
-    "Processes on this machine that divide its cores among them."
+def cores_each(
+    workers: int, # that share this machine
+) -> int: # at least 1
+    "The cores of this machine, divided."
     if workers < 1: raise ValueError(f"workers={workers}: must be at least 1")
     cores = len(os.sched_getaffinity(0)) if hasattr(os, 'sched_getaffinity') else os.cpu_count() or 1
-    return ProcessPoolExecutor(workers, get_context('spawn'), share_cores, (max(1, cores//workers),))
+    return max(1, cores//workers)
+
+# %% ../nbs/15_sweep.ipynb #b3e271d9
+def end_processes(
+    pool: ProcessPoolExecutor, # whose workers may be in the middle of something
+):
+    "End the workers of a pool where they are."
+    workers = list((pool._processes or {}).values())
+    pool.shutdown(wait=False, cancel_futures=True)
+    for worker in workers: worker.terminate()
+    for worker in workers: worker.join()
+
+class Workers(ProcessPoolExecutor):
+    "Processes that do not outlive an interrupted `with`."
+    def __exit__(self, error, *rest):
+        if error: end_processes(self)
+        return super().__exit__(error, *rest)
+
+def processes(
+    workers: int, # how many points at a time
+) -> Workers:
+    "Processes on this machine that divide its cores among them."
+    return Workers(workers, get_context('spawn'), share_cores, (cores_each(workers),))
 
 # %% ../nbs/15_sweep.ipynb #410e98fe
 def outcomes(
@@ -730,11 +755,9 @@ def main(
         if asked.dry_run:
             console.print(plan_text(config, axes, asked.samples, asked.workers), markup=False, soft_wrap=True)
             return 0
-        executor = processes(asked.workers) if asked.workers != 1 else None
+        pool = processes(asked.workers) if asked.workers != 1 else nullcontext()
         result = begin_sweep(config, axes, asked.samples)
-        try: follow_points(result, executor, console)
-        finally:
-            if executor: executor.shutdown(cancel_futures=True)
+        with pool as executor: follow_points(result, executor, console)
         show_sweep(result, asked.metric, console)
         return int('failed' in {*result.table.status})
     except KeyboardInterrupt:

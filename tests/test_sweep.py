@@ -14,6 +14,7 @@ import chz
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import load_file
 
 import dpo_lab.batches
 import dpo_lab.reference
@@ -153,6 +154,27 @@ def test_ctrl_c_says_how_to_continue(tmp_path):
     out, err = process.communicate(timeout=60)
     assert process.returncode == 130 and 'Traceback' not in err
     assert f'python -m dpo_lab.sweep log_path={tmp_path}/sweep dpo_beta=0.1,0.2' in out
+
+
+def test_ctrl_c_ends_the_workers_and_starts_no_other_point(tmp_path):
+    words = [f'log_path={tmp_path}/sweep', 'seed=0,1,2,3,4,5', 'max_steps=2000', 'num_epochs=99', 'eval_every=0',
+             'infrequent_eval_every=0', 'save_every=1', 'workers=2']
+    process = subprocess.Popen([sys.executable, '-m', 'dpo_lab.sweep', *words], cwd=ROOT, stdin=subprocess.DEVNULL,
+                               stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True)
+    begun = [tmp_path/'sweep'/f'seed={seed}' for seed in (0, 1)]
+    try:
+        wait_for(lambda: all([*path.glob('checkpoints/0*')] for path in begun), process)
+        os.killpg(process.pid, signal.SIGINT)           # as a terminal does
+        out, err = process.communicate(timeout=20)
+    except subprocess.TimeoutExpired: os.killpg(process.pid, signal.SIGKILL); raise
+    assert process.returncode == 130 and 'Continue with' in out and 'Traceback' not in err
+    assert Sweep(tmp_path/'sweep').table.status.tolist() == ['unfinished']*2 + ['new']*4
+    steps = [path.read_text() for path in tmp_path.glob('sweep/*/metrics.jsonl')]
+    time.sleep(1)
+    assert [path.read_text() for path in tmp_path.glob('sweep/*/metrics.jsonl')] == steps
+    for path in begun:                                  # whatever a worker was writing, its newest checkpoint is whole
+        newest = path/Run(path).checkpoints[-1]['path']
+        assert load_file(newest/'trainable.safetensors') and (newest/'state.json').read_text()[-1] == '}'
 
 
 def test_a_failed_point_is_a_row_and_the_others_go_on(tmp_path, capsys):
