@@ -788,6 +788,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                'dpo_lab.sweep.compare': ('sweep.html#compare', 'dpo_lab/sweep.py'),
                                'dpo_lab.sweep.cores_each': ('sweep.html#cores_each', 'dpo_lab/sweep.py'),
                                'dpo_lab.sweep.delta_of': ('sweep.html#delta_of', 'dpo_lab/sweep.py'),
+                               'dpo_lab.sweep.distinct': ('sweep.html#distinct', 'dpo_lab/sweep.py'),
                                'dpo_lab.sweep.end_processes': ('sweep.html#end_processes', 'dpo_lab/sweep.py'),
                                'dpo_lab.sweep.estimate': ('sweep.html#estimate', 'dpo_lab/sweep.py'),
                                'dpo_lab.sweep.folder_bytes': ('sweep.html#folder_bytes', 'dpo_lab/sweep.py'),

@@ -16,8 +16,7 @@ from typing import Any
 
 import chz
 
-from .sweep import open_run, shared_rows
-from .train import Config, field, parse, progress, quiet_libraries
+from .train import Config, field, parse, progress, quiet_libraries, run_dpo
 
 # %% ../nbs/16b_finder.ipynb #289cdd9e
 FAR = 100.  # nats of KL a completion: no ramp goes on from there
@@ -35,7 +34,7 @@ def ramp(
     if steps < 8: raise ValueError(f"steps={steps}: must be at least 8")
     with tempfile.TemporaryDirectory() as folder:
         kept = chz.replace(config, log_path=f'{folder}/ramp', log_relpath=None, tracker='none')
-        run: Any = open_run(kept, shared_rows('ramp'))
+        run: Any = run_dpo(kept, lambda line: None)
         c = run.config
         def batches_of(step): return pack(rows_of_step(run.train_rows, step, c.batch_size, c.seed), c.token_budget)
         def rate(step): return low*(high/low)**(step/(steps - 1))

@@ -194,7 +194,7 @@ def run_search(
     import optuna
     space, path = as_space(config, axes), sweep_folder(config)
     pruner, make = chosen('pruner', pruner, PRUNERS, config.eval_every), chosen('sampler', sampler, SAMPLERS, 0)
-    study, load = open_study(path, metric), shared_rows('search')
+    study, load = open_study(path, metric), shared_rows()
     study.pruner, study.sampler = pruner, make     # another seed after a pause: a sampler would draw the same again
     if isinstance(sampler, str): study.sampler = SAMPLERS[sampler](optuna, config.seed + len(study.trials))
     found = Search(path, config, metric, study)

@@ -3,7 +3,8 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from dpo_lab.finder import find_learning_rate, for_good, main, suggest
+import dpo_lab.data
+from dpo_lab.finder import find_learning_rate, for_good, main, ramp, suggest
 from dpo_lab.train import Config
 
 
@@ -54,6 +55,13 @@ def test_for_good_means_until_the_end():
                                          (dict(budget=0), 'above 0')])
 def test_a_mistake_is_refused_before_any_work(asked, said):
     with pytest.raises(ValueError, match=said): find_learning_rate(Config(), **asked)
+
+
+def test_a_second_ramp_reads_its_pairs_again(monkeypatch):
+    read, load = [], dpo_lab.data.load_pairs
+    monkeypatch.setattr(dpo_lab.data, 'load_pairs', lambda *args, **more: read.append(args) or load(*args, **more))
+    for _ in range(2): next(ramp(Config()))
+    assert len(read) == 2
 
 
 def test_the_command_answers_a_mistake_in_a_sentence(capsys):

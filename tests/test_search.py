@@ -7,6 +7,7 @@ import time
 
 import pytest
 
+import dpo_lab.data
 from dpo_lab.runs import Run
 from dpo_lab.search import main, open_study, parse_search, run_search, search, spaces
 from dpo_lab.train import Config
@@ -44,6 +45,13 @@ def test_a_failed_trial_is_a_row_with_its_error(tmp_path):
     failed = t[t.learning_rate == 1e30]
     assert {*failed.status} == {'failed'} and failed.error.str.contains('FloatingPointError').all()
     assert {*t[t.learning_rate == 1e-4].status} == {'finished'}
+
+
+def test_a_second_search_reads_its_pairs_again(tmp_path, monkeypatch):
+    read, load = [], dpo_lab.data.load_pairs
+    monkeypatch.setattr(dpo_lab.data, 'load_pairs', lambda *args, **more: read.append(args) or load(*args, **more))
+    for name in 'ab': search(short(tmp_path/name, max_steps=1), trials=2, pruner='none', dpo_beta=[.1, .2])
+    assert len(read) == 2
 
 
 def begun(tmp_path, *, output):

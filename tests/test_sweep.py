@@ -18,9 +18,10 @@ from safetensors.torch import load_file
 
 import dpo_lab.batches
 import dpo_lab.reference
+from dpo_lab.batches import Rows
 from dpo_lab.runs import Run, append_jsonl, read_jsonl, write_json
 from dpo_lab.sweep import (Sweep, begin_sweep, estimate, interval, main, plan_text, point_name, processes, run_point,
-                           sweep, train_points)
+                           shared_rows, sweep, train_points)
 from dpo_lab.train import Config, parse, run_dpo
 
 ROOT = Path(__file__).parent.parent
@@ -48,6 +49,31 @@ def four(tmp_path_factory):
 def test_points_share_one_reference_pass_and_one_tokenisation(four):
     _, done = four
     assert done == {'reference': 2, 'tokens': 2}        # train and test, once for four points
+
+
+def test_rows_are_read_once_whatever_the_order_of_the_axes_and_a_batch_must_still_fit(tmp_path, monkeypatch):
+    read, encode = [], dpo_lab.batches.encode_pairs
+    monkeypatch.setattr(dpo_lab.batches, 'encode_pairs', lambda *args: read.append(args) or encode(*args))
+    t = sweep(short(tmp_path/'sweep', max_steps=1), dpo_beta=[.1, .2], batch_size=[8, 16, 9999]).table
+    assert len(read) == 2                               # train and test
+    assert t.status.tolist() == ['finished', 'finished', 'failed']*2
+    assert '800 training pairs are fewer than one batch of 9999' in t.error[2]
+
+
+def test_a_dry_run_counts_how_often_rows_are_read(tmp_path, monkeypatch):
+    monkeypatch.setattr('dpo_lab.sweep.estimate', lambda *args: dict(seconds=0, shared=0, bytes=0, measured='not'))
+    config = Config(log_path=str(tmp_path/'sweep'))
+    assert 'audited once' in plan_text(config, dict(dpo_beta=[.1, .2], batch_size=[8, 16]))
+    assert '2 reference passes' in (text := plan_text(config, dict(dpo_beta=[.1, .2], max_length=[32, 64])))
+    assert 'audited 2 times' in text
+
+
+def test_rows_of_another_call_are_not_taken(monkeypatch):
+    monkeypatch.setattr('dpo_lab.sweep.load_rows', lambda *args: (None, None, Rows(range(99), {}), Rows((), {}), {}))
+    def rows(load): return load(Config(), None, None, lambda line: None)
+    for one, other, same in ((shared_rows('a'), shared_rows('a'), True), (shared_rows('a'), shared_rows('b'), False),
+                             (shared_rows(), shared_rows(), False)):
+        assert (rows(one) is rows(other)) == same and rows(other) is rows(other)
 
 
 def test_the_table_is_tidy(four):
