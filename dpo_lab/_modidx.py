@@ -783,6 +783,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                'dpo_lab.sweep.Workers.__exit__': ('sweep.html#workers.__exit__', 'dpo_lab/sweep.py'),
                                'dpo_lab.sweep.as_axes': ('sweep.html#as_axes', 'dpo_lab/sweep.py'),
                                'dpo_lab.sweep.begin_sweep': ('sweep.html#begin_sweep', 'dpo_lab/sweep.py'),
+                               'dpo_lab.sweep.check_verdict': ('sweep.html#check_verdict', 'dpo_lab/sweep.py'),
                                'dpo_lab.sweep.combination': ('sweep.html#combination', 'dpo_lab/sweep.py'),
                                'dpo_lab.sweep.command_of': ('sweep.html#command_of', 'dpo_lab/sweep.py'),
                                'dpo_lab.sweep.compare': ('sweep.html#compare', 'dpo_lab/sweep.py'),

@@ -7,9 +7,9 @@ __all__ = ['ROWS_DEPEND_ON', 'REFERENCE_DEPENDS_ON', 'SHOWN', 'METRICS', 'OTHER_
            'grid', 'point_name', 'point_configs', 'status', 'shared_rows', 'open_run', 'run_point', 'share_cores',
            'cores_each', 'end_processes', 'Workers', 'processes', 'outcomes', 'Sweep', 'sweep_table', 'with_interval',
            'short_table', 'sweep_folder', 'begin_sweep', 'locked', 'train_points', 'sweep', 'student', 'interval',
-           'delta_of', 'pair_values', 'Verdict', 'compare', 'command_of', 'train_command', 'folder_bytes', 'Probe',
-           'probe', 'point_seconds', 'distinct', 'estimate', 'SweepConfig', 'split_values', 'parse_sweep', 'human',
-           'plan_text', 'follow_points', 'show_sweep', 'main']
+           'delta_of', 'check_verdict', 'pair_values', 'Verdict', 'compare', 'command_of', 'train_command',
+           'folder_bytes', 'Probe', 'probe', 'point_seconds', 'distinct', 'estimate', 'SweepConfig', 'split_values',
+           'parse_sweep', 'human', 'plan_text', 'follow_points', 'show_sweep', 'main']
 
 # %% ../nbs/15_sweep.ipynb #8acd4710
 import gc
@@ -441,18 +441,26 @@ METRICS: dict[str, tuple[int, Callable]] = {    # 1: more is better; the value o
 }
 OTHER_PAIRS = ('dataset', 'dataset_path', 'dataset_revision')     # with another of these the held-out pairs are others
 
+def check_verdict(
+    config: Config,             # what all points share
+    axes: dict[str, Any],       # what varies
+    metric: str='accuracy',     # one of `METRICS`
+):
+    "Raise if points of these axes cannot be ranked by the metric."
+    if metric not in METRICS:
+        raise ValueError(f"unknown metric {metric!r}: choose one of {', '.join(METRICS)}.{nearest(metric, METRICS)}")
+    mixed = [a for a in axes if a == 'test_dataset' or a in OTHER_PAIRS and not config.test_dataset]
+    if mixed:
+        raise ValueError(f"points with another {' and '.join(mixed)} have other held-out pairs, so their scores "
+                         "cannot be compared: set test_dataset to the pairs that shall judge them all")
+
 def pair_values(
     sweep: Sweep,           # with finished points
     metric: str='accuracy', # one of `METRICS`
 ):
     "A frame with a row for each held-out pair and a column for each (setting, seed)."
     import pandas as pd
-    if metric not in METRICS:
-        raise ValueError(f"unknown metric {metric!r}: choose one of {', '.join(METRICS)}.{nearest(metric, METRICS)}")
-    mixed = [a for a in sweep.axes if a == 'test_dataset' or a in OTHER_PAIRS and not sweep.config.test_dataset]
-    if mixed:
-        raise ValueError(f"points with another {' and '.join(mixed)} have other held-out pairs, so their scores "
-                         "cannot be compared: set test_dataset to the pairs that shall judge them all")
+    check_verdict(sweep.config, sweep.axes, metric)
     columns = {}
     for name, point in sweep.points.items():
         if status(sweep.configs[name]) != 'finished': continue
@@ -724,7 +732,8 @@ def follow_points(
     for i, (name, outcome) in enumerate(train_points(sweep, executor), 1):
         last = {} if outcome['error'] else read_jsonl(sweep.path/name/'metrics.jsonl')[-1]
         value, low, high = (last.get(f'test/accuracy{end}', math.nan) for end in ('', '_low', '_high'))
-        said = outcome['error'].splitlines()[0] if outcome['error'] else f'accuracy {with_interval(value, low, high)}'
+        said = (outcome['error'].splitlines()[0] if outcome['error']
+                else f'accuracy {with_interval(value, low, high) or "not measured"}')
         rest = (time.monotonic() - start)/i*(left - i)
         console.print(f'[{i}/{left}] {name}  {said}' + (f'  ({human(rest)} left)' if left > i else ''),
                       markup=False, soft_wrap=True)
@@ -734,7 +743,7 @@ def show_sweep(
     metric: str,    # what the best is chosen by
     console: Any,   # of rich
 ):
-    "The table, the verdict, and the command that trains the winner."
+    "The table, the verdict or why there is none, and the command that trains the winner."
     from rich.markup import escape
     from rich.table import Table
     shown = short_table(sweep.table, list(sweep.axes))
@@ -746,8 +755,10 @@ def show_sweep(
     console.print(table)
     for name, error in zip(sweep.points, shown.error):
         if error: console.print(f'failed: {name}  {error.splitlines()[0]}', markup=False, soft_wrap=True)
-    verdict = sweep.verdict(metric)
-    console.print(f'{verdict}\n\nTrain it with\n  {train_command(sweep, verdict.best)}', markup=False, soft_wrap=True)
+    try: verdict = sweep.verdict(metric)
+    except ValueError as e: said = f'no verdict: {e}'       # the points are trained: their table is an answer too
+    else: said = f'{verdict}\n\nTrain it with\n  {train_command(sweep, verdict.best)}'
+    console.print(said, markup=False, soft_wrap=True)
 
 # %% ../nbs/15_sweep.ipynb #b2e5f5f1
 def main(
@@ -758,9 +769,7 @@ def main(
     console, result, words = Console(highlight=False), None, sys.argv[1:] if argv is None else argv
     try:
         asked, axes = parse_sweep(words)
-        if asked.metric not in METRICS:
-            raise ValueError(f"metric={asked.metric}: choose one of {', '.join(METRICS)}."
-                             + nearest(asked.metric, METRICS))
+        check_verdict(asked, axes, asked.metric)
         config = Config(**{name: getattr(asked, name) for name in chz.chz_fields(Config)})
         quiet_libraries()
         if asked.dry_run:

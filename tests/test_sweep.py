@@ -329,6 +329,9 @@ MISTAKES = {
     'loss=sigmoid,simpo reference_model_name=tiny': 'compares with no reference',
     'learning_rate=logspace(1e-4,1e-6,3)': '0 < low < high',
     'seed=0,1 metric=acuracy': "Did you mean 'accuracy'",
+    'dataset=toy,hhh': 'set test_dataset',
+    'dataset_revision=a,b dataset=hhh dry_run=true': 'set test_dataset',
+    'test_dataset=toy,hhh': 'have other held-out pairs',
     'seed=0,1 samples=0': 'at least 1',
     'seed=0,1 workers=0': 'at least 1',
     'seed=3': 'nothing varies',
@@ -437,6 +440,22 @@ def test_the_truly_best_is_hardly_ever_ruled_out():
 def test_other_held_out_pairs_are_not_compared(tmp_path):
     result = begin_sweep(short(tmp_path/'sweep'), dict(dataset=['toy', 'hhh']))
     with pytest.raises(ValueError, match='set test_dataset'): result.verdict()
+
+
+def test_without_held_out_pairs_the_table_stands_alone(tmp_path, capsys):
+    def said(role, text): return [dict(role=role, content=text)]
+    pair = dict(prompt=said('user', 'Name a colour.'), chosen=said('assistant', 'Blue.'),
+                rejected=said('assistant', 'Tuesday.'))
+    append_jsonl(tmp_path/'pairs.jsonl', [pair]*4)
+    words = [f'log_path={tmp_path}/sweep', f'dataset={tmp_path}/pairs.jsonl', 'batch_size=4', 'max_steps=1', 'seed=0,1']
+    assert main(words) == 0
+    out = capsys.readouterr().out
+    assert 'accuracy not measured' in out and 'no verdict: seed=0 has no held-out pairs: set test_dataset' in out
+
+
+def test_all_points_failing_is_the_failure_of_the_points(tmp_path, capsys):
+    assert main([f'log_path={tmp_path}/sweep', 'batch_size=9998,9999']) == 1
+    assert 'no verdict: ' in (out := capsys.readouterr().out) and 'fewer than one batch' in out
 
 
 def test_reading_a_sweep_needs_no_torch(four):
