@@ -366,13 +366,13 @@ def begin_sweep(
 # %% ../nbs/15_sweep.ipynb #3164a5a8
 @contextmanager
 def locked(
-    sweep: Sweep, # laid out
+    sweep: Any, # has a `path`, its folder: a `Sweep`, or another that writes runs there
 ):
-    "Hold a sweep, so that no other process trains it too."
+    "Hold a folder, so that no other process trains in it too."
     from filelock import FileLock, Timeout
     lock = FileLock(sweep.path/'.lock', timeout=0)
     try: lock.acquire()
-    except Timeout: raise FileExistsError(f"{sweep.path}: another process is training this sweep") from None
+    except Timeout: raise FileExistsError(f"{sweep.path}: another process is training here") from None
     try: yield
     finally: lock.release()
 

@@ -20,11 +20,12 @@ def short(path, **more):
     return Config(log_path=str(path), **(dict(max_steps=6, eval_every=2, infrequent_eval_every=0, save_every=1) | more))
 
 
-def test_halving_stops_what_falls_behind_and_the_rows_say_so(tmp_path):
-    config = short(tmp_path/'s')
+def test_halving_stops_what_falls_behind_and_the_rows_say_so(tmp_path, trackio):
+    config = short(tmp_path/'s', tracker='trackio')
     found = search(config, trials=6, metric='margin', sampler='random', **RANGE)
     t = found.table
     assert len(t) == 6 and {*t.status} == {'finished', 'pruned'}
+    assert len(trackio) == 6 and not any(told.open for told in trackio)
     for row in t.to_dict('records'):
         run = Run(row['path'])
         assert ('pruned' in [*run.events.event]) == (row['status'] == 'pruned')
@@ -69,6 +70,8 @@ def begun(tmp_path, *, output):
 
 def test_a_killed_search_continues_the_trial_it_was_at(tmp_path):
     process = begun(tmp_path, output=subprocess.DEVNULL)
+    with pytest.raises(FileExistsError, match='another process is training here'):
+        search(short(tmp_path/'s', max_steps=40, eval_every=20), trials=2, pruner='none', learning_rate=(1e-5, 1e-3))
     process.send_signal(signal.SIGKILL); process.wait()
     first = next(tmp_path.glob('s/learning_rate=*'))
     config = short(tmp_path/'s', max_steps=40, eval_every=20)
