@@ -801,6 +801,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                'dpo_lab.sweep.logspace': ('sweep.html#logspace', 'dpo_lab/sweep.py'),
                                'dpo_lab.sweep.main': ('sweep.html#main', 'dpo_lab/sweep.py'),
                                'dpo_lab.sweep.open_run': ('sweep.html#open_run', 'dpo_lab/sweep.py'),
+                               'dpo_lab.sweep.other_threads': ('sweep.html#other_threads', 'dpo_lab/sweep.py'),
                                'dpo_lab.sweep.outcomes': ('sweep.html#outcomes', 'dpo_lab/sweep.py'),
                                'dpo_lab.sweep.pair_values': ('sweep.html#pair_values', 'dpo_lab/sweep.py'),
                                'dpo_lab.sweep.parse_sweep': ('sweep.html#parse_sweep', 'dpo_lab/sweep.py'),

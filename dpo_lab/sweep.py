@@ -8,8 +8,8 @@ __all__ = ['ROWS_DEPEND_ON', 'REFERENCE_DEPENDS_ON', 'SHOWN', 'METRICS', 'OTHER_
            'cores_each', 'end_processes', 'Workers', 'processes', 'outcomes', 'Sweep', 'sweep_table', 'with_interval',
            'short_table', 'sweep_folder', 'begin_sweep', 'locked', 'train_points', 'sweep', 'student', 'interval',
            'delta_of', 'check_verdict', 'pair_values', 'Verdict', 'compare', 'command_of', 'train_command',
-           'folder_bytes', 'Probe', 'probe', 'point_seconds', 'distinct', 'estimate', 'SweepConfig', 'split_values',
-           'parse_sweep', 'human', 'plan_text', 'follow_points', 'show_sweep', 'main']
+           'folder_bytes', 'other_threads', 'Probe', 'probe', 'point_seconds', 'distinct', 'estimate', 'SweepConfig',
+           'split_values', 'parse_sweep', 'human', 'plan_text', 'follow_points', 'show_sweep', 'main']
 
 # %% ../nbs/15_sweep.ipynb #8acd4710
 import gc
@@ -566,6 +566,17 @@ def folder_bytes(path: Path) -> int:
     "Bytes of all files of a folder."
     return sum(f.stat().st_size for f in Path(path).rglob('*') if f.is_file())
 
+@contextmanager
+def other_threads(
+    threads: int|None, # for PyTorch; None: as they are
+):
+    "For a while."
+    import torch
+    before = torch.get_num_threads()
+    if threads: torch.set_num_threads(threads)
+    try: yield
+    finally: torch.set_num_threads(before)
+
 @dataclass(frozen=True)
 class Probe:
     "What four steps on a few rows cost."
@@ -582,6 +593,7 @@ class Probe:
 def probe(
     config: Config,         # of a point
     held_out: int=64,       # pairs to evaluate
+    threads: int|None=None, # for PyTorch; None: as they are
 ) -> Probe:
     "Measure a run by four of its steps."
     from dpo_lab.reference import cache_folder, reference_fingerprint
@@ -594,7 +606,7 @@ def probe(
             with as_reference(model): name = reference_fingerprint(model, train, c.token_budget)
             facts['reference_known'] = (cache_folder()/'reference'/f'{name}.safetensors').exists()
         return pairs, renderer, train[:4*c.batch_size], test[:held_out], audit
-    with tempfile.TemporaryDirectory() as folder:
+    with tempfile.TemporaryDirectory() as folder, other_threads(threads):
         short = dict(max_steps=4, eval_every=0, infrequent_eval_every=0, save_every=0, tracker='none')
         start = time.monotonic()
         experiment = open_run(chz.replace(config, log_path=f'{folder}/probe', log_relpath=None, **short), few)
@@ -641,7 +653,7 @@ def estimate(
         return {'seconds': rounds*sorted(spent)[len(spent)//2], 'shared': 0.,
                 'bytes': len(left)*max(folder_bytes(path/n) for n in done),
                 'measured': f'from {len(spent)} finished points of this sweep'}
-    cost = probe(left[0])
+    cost = probe(left[0], threads=cores_each(workers) if workers > 1 else None)
     passes = distinct(left, REFERENCE_DEPENDS_ON) - cost.reference_known
     reference = passes*(cost.train + cost.test)*cost.forward_seconds
     times = [point_seconds(c, cost) for c in left]

@@ -132,6 +132,19 @@ def test_more_values_extend_a_sweep(four, tmp_path):
     assert more.table.status.value_counts().to_dict() == {'finished': 4, 'new': 2}
 
 
+def test_a_sample_is_trained_and_a_larger_one_goes_on_from_it(tmp_path, capsys):
+    words = [f'log_path={tmp_path}/sweep', 'dpo_beta=0.05,0.1,0.2,0.4', 'learning_rate=1e-4,2e-4', 'max_steps=1',
+             'eval_every=0', 'infrequent_eval_every=0']
+    assert main([*words, 'samples=2']) == 0
+    assert '2 points in' in capsys.readouterr().out
+    first = Sweep(tmp_path/'sweep')
+    two = [*first.points]
+    assert len(two) == 2 and first.table.status.tolist() == ['finished']*2
+    assert main([*words, 'samples=3']) == 0
+    assert '3 points in' in (out := capsys.readouterr().out) and '2 are finished, 1 to train' in out
+    assert [*first.points][:2] == two and [r['point'] for r in read_jsonl(first.path/'points.jsonl')] == [*first.points]
+
+
 def test_left_in_the_middle_it_continues_where_it_was(tmp_path):
     config = short(tmp_path/'sweep', max_steps=3)
     begun = begin_sweep(config, dict(seed=[0, 1]))
@@ -377,6 +390,16 @@ def test_dry_run_touches_nothing_and_says_how_it_measured(tmp_path, capsys):
     out = capsys.readouterr().out
     assert '4: 4 new' in out and '1 reference pass;' in out and 'by a probe of 4 steps' in out
     assert not (tmp_path/'sweep').exists()
+
+
+def test_a_probe_has_the_cores_of_a_worker_and_gives_them_back(tmp_path, monkeypatch):
+    seen, before = [], torch.get_num_threads()
+    def opened(*args): seen.append(torch.get_num_threads()); raise KeyboardInterrupt
+    monkeypatch.setattr('dpo_lab.sweep.open_run', opened)
+    monkeypatch.setattr('os.sched_getaffinity', lambda pid: range(12), raising=False)
+    for workers in (1, 4):
+        with pytest.raises(KeyboardInterrupt): estimate({'one': short(tmp_path/'one')}, tmp_path, workers)
+    assert seen == [before, 3] and torch.get_num_threads() == before
 
 
 def test_past_points_are_a_better_measure_than_a_probe(four, monkeypatch):
