@@ -518,6 +518,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                'dpo_lab.plots.figure': ('plots.html#figure', 'dpo_lab/plots.py'),
                                'dpo_lab.plots.finished': ('plots.html#finished', 'dpo_lab/plots.py'),
                                'dpo_lab.plots.held_out_points': ('plots.html#held_out_points', 'dpo_lab/plots.py'),
+                               'dpo_lab.plots.own_axes': ('plots.html#own_axes', 'dpo_lab/plots.py'),
                                'dpo_lab.plots.paper_style': ('plots.html#paper_style', 'dpo_lab/plots.py'),
                                'dpo_lab.plots.plot_counterfactual': ('plots.html#plot_counterfactual', 'dpo_lab/plots.py'),
                                'dpo_lab.plots.plot_frontier': ('plots.html#plot_frontier', 'dpo_lab/plots.py'),
