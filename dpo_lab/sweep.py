@@ -439,6 +439,8 @@ METRICS: dict[str, tuple[int, Callable]] = {    # 1: more is better; the value o
     'margin': (1, lambda p: p.beta*delta_of(p)),
     'dpo_loss': (-1, lambda p: p.loss),
 }
+
+# %% ../nbs/15_sweep.ipynb #1322a8ac
 OTHER_PAIRS = ('dataset', 'dataset_path', 'dataset_revision')     # with another of these the held-out pairs are others
 
 def check_verdict(
@@ -454,6 +456,7 @@ def check_verdict(
         raise ValueError(f"points with another {' and '.join(mixed)} have other held-out pairs, so their scores "
                          "cannot be compared: set test_dataset to the pairs that shall judge them all")
 
+# %% ../nbs/15_sweep.ipynb #7a6f91e0
 def pair_values(
     sweep: Sweep,           # with finished points
     metric: str='accuracy', # one of `METRICS`
