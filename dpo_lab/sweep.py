@@ -647,6 +647,7 @@ def estimate(
     workers: int=1,             # points at a time
 ) -> dict: # seconds, bytes, shared seconds, and how they were measured
     "Time and disk of the points that are not finished."
+    threads = cores_each(workers) if workers != 1 else None
     left = [c for c in configs.values() if status(c) != 'finished']
     rounds = math.ceil(len(left)/workers)
     done = [n for n, c in configs.items() if status(c) == 'finished']
@@ -656,7 +657,7 @@ def estimate(
         return {'seconds': rounds*sorted(spent)[len(spent)//2], 'shared': 0.,
                 'bytes': len(left)*max(folder_bytes(path/n) for n in done),
                 'measured': f'from {len(spent)} finished points of this sweep'}
-    cost = probe(left[0], threads=cores_each(workers) if workers > 1 else None)
+    cost = probe(left[0], threads=threads)
     passes = distinct(left, REFERENCE_DEPENDS_ON) - cost.reference_known
     reference = passes*(cost.train + cost.test)*cost.forward_seconds
     times = [point_seconds(c, cost) for c in left]

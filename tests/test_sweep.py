@@ -347,6 +347,7 @@ MISTAKES = {
     'test_dataset=toy,hhh': 'have other held-out pairs',
     'seed=0,1 samples=0': 'at least 1',
     'seed=0,1 workers=0': 'at least 1',
+    'seed=0,1 workers=0 dry_run=true': 'at least 1',
     'seed=3': 'nothing varies',
     'nonsense': 'key=value',
 }
