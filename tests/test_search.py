@@ -51,7 +51,7 @@ def test_a_failed_trial_is_a_row_with_its_error(tmp_path):
 def test_a_second_search_reads_its_pairs_again(tmp_path, monkeypatch):
     read, load = [], dpo_lab.data.load_pairs
     monkeypatch.setattr(dpo_lab.data, 'load_pairs', lambda *args, **more: read.append(args) or load(*args, **more))
-    for name in 'ab': search(short(tmp_path/name, max_steps=1), trials=2, pruner='none', dpo_beta=[.1, .2])
+    for name in 'ab': search(short(tmp_path/name, max_steps=1), trials=1, pruner='none', dpo_beta=[.1])
     assert len(read) == 2
 
 
