@@ -81,19 +81,12 @@ class LiveSweep:
         if self.state == 'running': self.state = 'stopping'; self.halt.set()
 
     def _train(self):
-        self.pool = processes(self.workers)
         try:
-            for _ in train_points(self.sweep, self): pass
+            with processes(self.workers) as self.pool:
+                for _ in train_points(self.sweep, self): pass
             self.state = 'finished'
-        except (Stopped, KeyboardInterrupt):    # the stop button of a notebook interrupts the workers too
-            self.state = 'stopped'
-            self.halt.set()
+        except Stopped: self.state = 'stopped'
         except Exception as e: self.state, self.error = 'failed', f'{type(e).__name__}: {e}'
-        finally:
-            workers = list((self.pool._processes or {}).values())   # a pool cannot be told to end its processes
-            self.pool.shutdown(wait=not self.halt.is_set(), cancel_futures=True)
-            if self.halt.is_set():
-                for worker in workers: worker.terminate()
 
     def join(self, timeout: float|None=None):
         "Wait until the thread has ended."

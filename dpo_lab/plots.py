@@ -4,7 +4,8 @@
 
 # %% auto #0
 __all__ = ['COLUMN', 'PAGE', 'COLORS', 'paper_style', 'figure', 'save', 'as_runs', 'plot_runs', 'held_out_points', 'plot_rewards',
-           'plot_logratios', 'plot_counterfactual', 'finished', 'plot_sweep', 'plot_slices', 'plot_frontier']
+           'plot_logratios', 'plot_counterfactual', 'finished', 'own_axes', 'plot_sweep', 'plot_slices',
+           'plot_frontier']
 
 # %% ../nbs/16_plots.ipynb #77b4d146
 from collections.abc import Iterable, Sequence
@@ -172,14 +173,29 @@ def finished(
                          + (f"choose one of {', '.join(sorted(known))}" if known else 'train the points first'))
     return table.dropna(subset=[name])
 
+def own_axes(
+    sweep: Sweep,       # whose axes
+    *asked: str|None,   # an axis; None: the next of learning_rate, dpo_beta and the others, but not the seed
+) -> list[str|None]: # None where there is none left
+    "The axes of a picture."
+    if unknown := [axis for axis in asked if axis and axis not in sweep.axes]:
+        raise ValueError(f"{unknown[0]!r} is not an axis of {sweep.path.name}: choose one of {', '.join(sweep.axes)}")
+    free = iter([axis for axis in dict.fromkeys(['learning_rate', 'dpo_beta', *sweep.axes])
+                 if axis in sweep.axes and axis not in ('seed', *asked)])
+    return [axis or next(free, None) for axis in asked]
+
 def plot_sweep(
-    sweep: Sweep,                   # with finished points
-    metric: str='accuracy',         # held-out, as in the table of the sweep
-    across: str='learning_rate',    # axis from left to right
-    down: str='dpo_beta',           # axis from top to bottom
+    sweep: Sweep,               # with finished points
+    metric: str='accuracy',     # held-out, as in the table of the sweep
+    across: str|None=None,      # axis from left to right; None: see `own_axes`
+    down: str|None=None,        # axis from top to bottom; None: see `own_axes`
 ) -> Any: # a figure
     "Heat map of a held-out metric, mean over seeds and the other axes."
     import seaborn as sns
+    across, down = own_axes(sweep, across, down)
+    if not across or not down:
+        raise ValueError(f"a heat map needs two axes besides the seed, and {sweep.path.name} varies "
+                         f"{', '.join(sweep.axes)}: plot_slices draws one axis, plot_runs the runs")
     table = finished(sweep, metric).pivot_table(index=down, columns=across, values=f'test/{metric}')
     with paper_style():
         fig, axes = figure(width=COLUMN, height=2.4)
@@ -189,25 +205,30 @@ def plot_sweep(
 
 # %% ../nbs/16_plots.ipynb #435db115
 def plot_slices(
-    sweep: Sweep,                   # with finished points
-    metric: str='accuracy',         # held-out
-    across: str='learning_rate',    # axis from left to right
-    lines: str='dpo_beta',          # a line for each of its values
+    sweep: Sweep,               # with finished points
+    metric: str='accuracy',     # held-out
+    across: str|None=None,      # axis from left to right; None: see `own_axes`
+    lines: str|None=None,       # a line for each of its values; None: see `own_axes`
 ) -> Any: # a figure
     "A metric along one axis, a line for each value of another, intervals over the held-out pairs."
+    across, lines = own_axes(sweep, across, lines)
+    if not across:
+        raise ValueError(f"slices need an axis besides the seed, and {sweep.path.name} varies "
+                         f"{', '.join(sweep.axes)}: plot_runs draws the runs")
     name, table = f'test/{metric}', finished(sweep, metric)
     with paper_style():
         fig, axes = figure(width=COLUMN, height=2.2)
         ax = axes[0][0]
-        for i, (value, rows) in enumerate(table.groupby(lines)):
+        for i, (value, rows) in enumerate(table.groupby(lines) if lines else [('', table)]):
             means = rows.groupby(across)[[c for c in (name, f'{name}_low', f'{name}_high') if c in rows]].mean()
             ax.plot(means.index, means[name], 'o-', color=COLORS[i % 10], markersize=3, label=f'{lines} {value}')
             if f'{name}_low' in means:
                 low, high = means[f'{name}_low'], means[f'{name}_high']
                 ax.fill_between(means.index, low, high, color=COLORS[i % 10], alpha=.15, linewidth=0)
-        if len(table[across].unique()) > 1 and table[across].dtype.kind == 'f': ax.set_xscale('log')
+        values = table[across]
+        if values.nunique() > 1 and values.dtype.kind == 'f' and (values > 0).all(): ax.set_xscale('log')
         ax.set(xlabel=across, ylabel=f'held-out {metric}')
-        ax.legend()
+        if lines: ax.legend()
     return fig
 
 # %% ../nbs/16_plots.ipynb #c19088e9
@@ -218,11 +239,10 @@ def plot_frontier(
     "What each point gained against its KL from the reference."
     import seaborn as sns
     table = finished(sweep, metric)
-    varies = [a for a in sweep.axes if a != 'seed']
+    hue, style, *_ = [*(table[axis].astype(str) for axis in sweep.axes if axis != 'seed'), None, None]
     with paper_style():
         fig, axes = figure(width=COLUMN, height=2.4)
-        sns.scatterplot(table, x='test/kl', y=f'test/{metric}', hue=table[varies[0]].astype(str), ax=axes[0][0],
-                        style=table[varies[1]].astype(str) if len(varies) > 1 else None, s=28)
+        sns.scatterplot(table, x='test/kl', y=f'test/{metric}', hue=hue, style=style, s=28, ax=axes[0][0])
         axes[0][0].set(xlabel='KL from the reference, nats', ylabel=f'held-out {metric}')
-        axes[0][0].legend(fontsize=6)
+        if hue is not None: axes[0][0].legend(fontsize=6)
     return fig

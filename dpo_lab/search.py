@@ -21,8 +21,8 @@ from typing import Any, get_args
 import chz
 
 from .runs import Run, read_jsonl
-from .sweep import (METRICS, as_axes, command_of, human, open_run, parse_sweep, point_name, point_seconds,
-                           probe, shared_rows, status, sweep_folder)
+from .sweep import (METRICS, as_axes, command_of, human, locked, open_run, parse_sweep, point_name,
+                           point_seconds, probe, shared_rows, status, sweep_folder)
 from .train import Config, build_loss, field, nearest, quiet_libraries, resolve
 
 # %% ../nbs/15b_search.ipynb #284a8524
@@ -86,6 +86,7 @@ def trial_value(
         if m.step not in told: trial.report(value, m.step)
         if m.step < run.total and trial.should_prune():
             run.writer.event(m.step, 'pruned')
+            run.let_go()
             raise optuna.TrialPruned
     if math.isnan(value): raise ValueError(f"{name} is not a number")
     return float(value)
@@ -194,20 +195,21 @@ def run_search(
     import optuna
     space, path = as_space(config, axes), sweep_folder(config)
     pruner, make = chosen('pruner', pruner, PRUNERS, config.eval_every), chosen('sampler', sampler, SAMPLERS, 0)
-    study, load = open_study(path, metric), shared_rows('search')
+    study, load = open_study(path, metric), shared_rows()
     study.pruner, study.sampler = pruner, make     # another seed after a pause: a sampler would draw the same again
     if isinstance(sampler, str): study.sampler = SAMPLERS[sampler](optuna, config.seed + len(study.trials))
     found = Search(path, config, metric, study)
-    for trial in next_trials(study, space, trials):
-        point = chz.replace(config, log_path=str(path/point_name(trial.params)), log_relpath=None,
-                            behavior_if_log_dir_exists='resume', **trial.params)
-        try: end = dict(values=trial_value(trial, point, metric, load))
-        except optuna.TrialPruned: end = dict(state=optuna.trial.TrialState.PRUNED)
-        except Exception as e:
-            trial.set_user_attr('error', f'{type(e).__name__}: {e}')
-            end = dict(state=optuna.trial.TrialState.FAIL)
-        study.tell(trial, **end)
-        yield found, found.table.iloc[[t.number for t in counted(study)].index(trial.number)].to_dict()
+    with locked(found):     # a trial under way is then one that a kill cut short
+        for trial in next_trials(study, space, trials):
+            point = chz.replace(config, log_path=str(path/point_name(trial.params)), log_relpath=None,
+                                behavior_if_log_dir_exists='resume', **trial.params)
+            try: end = dict(values=trial_value(trial, point, metric, load))
+            except optuna.TrialPruned: end = dict(state=optuna.trial.TrialState.PRUNED)
+            except Exception as e:
+                trial.set_user_attr('error', f'{type(e).__name__}: {e}')
+                end = dict(state=optuna.trial.TrialState.FAIL)
+            study.tell(trial, **end)
+            yield found, found.table.iloc[[t.number for t in counted(study)].index(trial.number)].to_dict()
 
 def search(
     config: Config, # what all trials share; its `log_path` is the folder

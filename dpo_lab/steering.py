@@ -205,7 +205,7 @@ class LiveThread(LiveBase):
     def _leave(self):
         if self.measured: save_checkpoint(self.source, self.step)
         self.source.writer.event(self.step, 'stopped')
-        self.source.lock.release()
+        self.source.let_go()
 
     @property
     def measured(self) -> bool: # is `step` measured on the weights as they are, and not yet taken?

@@ -6,8 +6,8 @@
 __all__ = ['RULES', 'CHOICES', 'DEFAULTS', 'TINY_DEFAULTS', 'CANNOT_CHANGE', 'OF_THIS_CALL', 'AUDITED', 'STEERABLE', 'TRY',
            'field', 'Config', 'check_ranges', 'config_table', 'resolve', 'settle_folder', 'resume_config', 'build_loss',
            'check_disk', 'as_reference', 'progress', 'find_renderer', 'row_limit', 'check_rows', 'load_rows',
-           'join_reference', 'model_line', 'sample_answers', 'toy_metrics', 'check_tracker', 'make_tracker',
-           'interrupt_later', 'Experiment', 'DPORun', 'course', 'course_at', 'take_course', 'load_model',
+           'join_reference', 'model_line', 'sample_answers', 'toy_metrics', 'check_tracker', 'Board', 'open_tracker',
+           'Tracker', 'interrupt_later', 'Experiment', 'DPORun', 'course', 'course_at', 'take_course', 'load_model',
            'load_optimizer', 'load_everything', 'live_reference', 'saved_config', 'check_same_start', 'continue_run',
            'move_reference', 'record_start', 'save_checkpoint', 'evaluate', 'held_out_prompts', 'sample', 'due',
            'write_step', 'run_steps', 'finish', 'save_final', 'run_dpo', 'metrics_table', 'follow', 'summary',
@@ -377,24 +377,48 @@ def check_tracker(
     if name != 'none' and find_spec(name) is None:
         raise ImportError(f"tracker={name} is not installed: pip install 'dpo_lab[tracker]'")
 
-def make_tracker(
+class Board:
+    "TensorBoard, spoken to as the others are."
+    def __init__(self, path: Path):
+        from torch.utils.tensorboard import SummaryWriter
+        self.writer = SummaryWriter(str(path/'tensorboard'))
+
+    def log(self, metrics: dict, step: int):
+        for name, value in metrics.items(): self.writer.add_scalar(name, value, step)
+        self.writer.flush()
+
+    def finish(self): self.writer.close()
+
+def open_tracker(
     name: str,      # none, wandb, trackio or tensorboard
     path: Path,     # the run folder
     config: dict,   # what was asked
-) -> Callable[[int, dict], None]: # called with a step and its metrics
-    "A function that also logs elsewhere."
-    if name == 'none': return lambda step, metrics: None
-    if name == 'tensorboard':
-        from torch.utils.tensorboard import SummaryWriter
-        board = SummaryWriter(str(path/'tensorboard'))
-        def log(step, metrics):
-            for k, v in metrics.items(): board.add_scalar(k, v, step)
-            board.flush()
-        return log
+) -> Any: # with `log` and `finish`; None: nowhere
+    "Where a run is also logged."
+    if name == 'none': return None
+    if name == 'tensorboard': return Board(path)
     import importlib
     where = {'dir': str(path)} if name == 'wandb' else {}
-    run = importlib.import_module(name).init(project='dpo_lab', name=path.name, config=config, **where)
-    return lambda step, metrics: run.log(metrics, step=step)
+    return importlib.import_module(name).init(project='dpo_lab', name=path.name, config=config, **where)
+
+# %% ../nbs/09_train.ipynb #2c443404
+class Tracker:
+    "Logs a run elsewhere too."
+    def __init__(self,
+        name: str,      # none, wandb, trackio or tensorboard
+        path: Path,     # the run folder
+        config: dict,   # what was asked
+    ):
+        self.asked = name, path, config
+        self.place = open_tracker(*self.asked)
+
+    def __call__(self, step: int, metrics: dict):
+        self.place = self.place or open_tracker(*self.asked)
+        if self.place: self.place.log(metrics, step=step)
+
+    def finish(self):
+        if self.place: self.place.finish()
+        self.place = None
 
 # %% ../nbs/09_train.ipynb #2eab4b41
 @contextmanager
@@ -459,18 +483,23 @@ class Experiment:
 
     def __next__(self):
         if self.held: held, self.held = self.held, None; return held
-        try:
-            with interrupt_later(self.say) as heard: metrics = next(self.steps)
-        except BaseException: self.lock.release(); raise        # it has ended, or failed
+        with interrupt_later(self.say) as heard:
+            try: metrics = next(self.steps)
+            except BaseException: self.let_go(); raise      # its end, a failure, a second Ctrl-C
         if heard: self.leave(metrics)
         return metrics
+
+    def let_go(self):
+        "Free the folder and end the tracker; the next step takes both again."
+        self.track.finish()
+        self.lock.release()
 
     def leave(self, metrics):
         "Save the step in hand and interrupt; the next loop over this run begins with it."
         self.held = metrics
         save_checkpoint(self, metrics.step)
         self.writer.event(metrics.step, 'interrupted')
-        self.lock.release()
+        self.let_go()
         raise KeyboardInterrupt
 
 # %% ../nbs/09_train.ipynb #3c321244
@@ -670,13 +699,13 @@ def move_reference(
 def record_start(
     exp: Experiment,    # ready for its first step
     facts: dict,    # what is true of it besides its config
-) -> Callable: # called with a step and its metrics: the tracker
+) -> Tracker:
     "Write down what was asked and what it runs on."
     asked = {'command': exp.command} | chz.asdict(exp.config) | {'log_path': str(exp.path), 'log_relpath': None}
     write_json(exp.path/'config.json', asked | facts | environment())
     changes = {'changed': exp.changed} if exp.changed else {}
     exp.writer.event(exp.start, 'resumed' if exp.resumed else 'started', **changes)
-    return make_tracker(exp.config.tracker, exp.path, asked)
+    return Tracker(exp.config.tracker, exp.path, asked)
 
 # %% ../nbs/09_train.ipynb #6864a83d
 def save_checkpoint(

@@ -1,8 +1,11 @@
 "What several tests share: a cache of their own, toy rows of the tiny model, random models of many architectures."
 import os
 import random
+import sys
 import tempfile
+from importlib.machinery import ModuleSpec
 from pathlib import Path
+from types import ModuleType
 
 os.environ.setdefault('TRANSFORMERS_VERBOSITY', 'error')
 os.environ['DPO_LAB_CACHE'] = tempfile.mkdtemp()
@@ -79,6 +82,25 @@ def smollm2():
     path = os.environ.get('DPO_LAB_SMOLLM2', '')
     if not Path(path).is_file(): pytest.skip('set DPO_LAB_SMOLLM2 to the path of SmolLM2-135M-Instruct.Q4_1.gguf')
     return load_policy(path, device='cpu')
+
+
+class Tracked:
+    "A run as a tracker knows it."
+    def __init__(self, name): self.name, self.steps, self.open = name, [], True
+    def log(self, metrics, step): assert self.open; self.steps.append(step)
+    def finish(self): self.open = False
+
+
+@pytest.fixture
+def trackio(monkeypatch):
+    "The runs of a tracker that, asked for another while one is open, gives that one."
+    module, runs = ModuleType('trackio'), []
+    def init(project, name, config):
+        if not (runs and runs[-1].open): runs.append(Tracked(name))
+        return runs[-1]
+    module.init, module.__spec__ = init, ModuleSpec('trackio', None)
+    monkeypatch.setitem(sys.modules, 'trackio', module)
+    return runs
 
 
 def shared(name):

@@ -3,7 +3,8 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from dpo_lab.finder import find_learning_rate, for_good, main, suggest
+import dpo_lab.data
+from dpo_lab.finder import find_learning_rate, for_good, main, ramp, suggest
 from dpo_lab.train import Config
 
 
@@ -42,7 +43,14 @@ def test_a_ramp_that_never_gets_expensive_says_so():
 
 
 def test_a_flat_ramp_is_an_error():
-    with pytest.raises(ValueError, match='never left its noise'): suggest(made_up(1., 1.))
+    with pytest.raises(ValueError, match='never left its noise.*set high='): suggest(made_up(1., 1.))
+
+
+def test_a_ramp_that_begins_too_high_is_told_to_begin_lower():
+    with pytest.raises(ValueError, match='ended after 2 steps.*set low='): suggest(made_up(1e-5, 2e-3)[:2])
+    with pytest.raises(ValueError, match='ended after 0 steps'): suggest(pd.DataFrame([]))
+    wild = made_up(1., 1e-6)
+    with pytest.raises(ValueError, match='noise.*set low='): suggest(wild)
 
 
 def test_for_good_means_until_the_end():
@@ -56,9 +64,28 @@ def test_a_mistake_is_refused_before_any_work(asked, said):
     with pytest.raises(ValueError, match=said): find_learning_rate(Config(), **asked)
 
 
+def test_a_second_ramp_reads_its_pairs_again(monkeypatch):
+    read, load = [], dpo_lab.data.load_pairs
+    monkeypatch.setattr(dpo_lab.data, 'load_pairs', lambda *args, **more: read.append(args) or load(*args, **more))
+    for _ in range(2): next(ramp(Config()))
+    assert len(read) == 2
+
+
 def test_the_command_answers_a_mistake_in_a_sentence(capsys):
     assert main(['low=1', 'high=0.1']) == 2
     assert capsys.readouterr().err.startswith('error: low=1.0')
+
+
+def test_a_rate_that_breaks_the_model_at_once_names_low(capsys):
+    assert main(['low=1', 'high=10', 'steps=20']) == 2
+    assert 'set low= to a smaller rate' in capsys.readouterr().err
+
+
+def test_ctrl_c_is_a_sentence(monkeypatch, capsys):
+    def interrupted(*args): raise KeyboardInterrupt
+    monkeypatch.setattr('dpo_lab.finder.find_learning_rate', interrupted)
+    assert main(['steps=20', 'seed=1']) == 130
+    assert capsys.readouterr().out.endswith('python -m dpo_lab.finder steps=20 seed=1\n')
 
 
 def test_the_command_suggests_a_rate(capsys):

@@ -7,6 +7,7 @@ import time
 
 import pytest
 
+import dpo_lab.data
 from dpo_lab.runs import Run
 from dpo_lab.search import main, open_study, parse_search, run_search, search, spaces
 from dpo_lab.train import Config
@@ -19,11 +20,12 @@ def short(path, **more):
     return Config(log_path=str(path), **(dict(max_steps=6, eval_every=2, infrequent_eval_every=0, save_every=1) | more))
 
 
-def test_halving_stops_what_falls_behind_and_the_rows_say_so(tmp_path):
-    config = short(tmp_path/'s')
+def test_halving_stops_what_falls_behind_and_the_rows_say_so(tmp_path, trackio):
+    config = short(tmp_path/'s', tracker='trackio')
     found = search(config, trials=6, metric='margin', sampler='random', **RANGE)
     t = found.table
     assert len(t) == 6 and {*t.status} == {'finished', 'pruned'}
+    assert len(trackio) == 6 and not any(told.open for told in trackio)
     for row in t.to_dict('records'):
         run = Run(row['path'])
         assert ('pruned' in [*run.events.event]) == (row['status'] == 'pruned')
@@ -46,6 +48,13 @@ def test_a_failed_trial_is_a_row_with_its_error(tmp_path):
     assert {*t[t.learning_rate == 1e-4].status} == {'finished'}
 
 
+def test_a_second_search_reads_its_pairs_again(tmp_path, monkeypatch):
+    read, load = [], dpo_lab.data.load_pairs
+    monkeypatch.setattr(dpo_lab.data, 'load_pairs', lambda *args, **more: read.append(args) or load(*args, **more))
+    for name in 'ab': search(short(tmp_path/name, max_steps=1), trials=1, pruner='none', dpo_beta=[.1])
+    assert len(read) == 2
+
+
 def begun(tmp_path, *, output):
     "A search in a process of its own, three steps into its first trial."
     words = [f'log_path={tmp_path}/s', 'trials=2', 'pruner=none', 'learning_rate=1e-5..1e-3', 'max_steps=40',
@@ -61,6 +70,8 @@ def begun(tmp_path, *, output):
 
 def test_a_killed_search_continues_the_trial_it_was_at(tmp_path):
     process = begun(tmp_path, output=subprocess.DEVNULL)
+    with pytest.raises(FileExistsError, match='another process is training here'):
+        search(short(tmp_path/'s', max_steps=40, eval_every=20), trials=2, pruner='none', learning_rate=(1e-5, 1e-3))
     process.send_signal(signal.SIGKILL); process.wait()
     first = next(tmp_path.glob('s/learning_rate=*'))
     config = short(tmp_path/'s', max_steps=40, eval_every=20)

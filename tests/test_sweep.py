@@ -14,12 +14,14 @@ import chz
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import load_file
 
 import dpo_lab.batches
 import dpo_lab.reference
+from dpo_lab.batches import Rows
 from dpo_lab.runs import Run, append_jsonl, read_jsonl, write_json
 from dpo_lab.sweep import (Sweep, begin_sweep, estimate, interval, main, plan_text, point_name, processes, run_point,
-                           sweep, train_points)
+                           shared_rows, sweep, train_points)
 from dpo_lab.train import Config, parse, run_dpo
 
 ROOT = Path(__file__).parent.parent
@@ -47,6 +49,31 @@ def four(tmp_path_factory):
 def test_points_share_one_reference_pass_and_one_tokenisation(four):
     _, done = four
     assert done == {'reference': 2, 'tokens': 2}        # train and test, once for four points
+
+
+def test_rows_are_read_once_whatever_the_order_of_the_axes_and_a_batch_must_still_fit(tmp_path, monkeypatch):
+    read, encode = [], dpo_lab.batches.encode_pairs
+    monkeypatch.setattr(dpo_lab.batches, 'encode_pairs', lambda *args: read.append(args) or encode(*args))
+    t = sweep(short(tmp_path/'sweep', max_steps=1), dpo_beta=[.1, .2], batch_size=[16, 9999]).table
+    assert len(read) == 2                               # train and test
+    assert t.status.tolist() == ['finished', 'failed']*2
+    assert '800 training pairs are fewer than one batch of 9999' in t.error[1]
+
+
+def test_a_dry_run_counts_how_often_rows_are_read(tmp_path, monkeypatch):
+    monkeypatch.setattr('dpo_lab.sweep.estimate', lambda *args: dict(seconds=0, shared=0, bytes=0, measured='not'))
+    config = Config(log_path=str(tmp_path/'sweep'))
+    assert 'audited once' in plan_text(config, dict(dpo_beta=[.1, .2], batch_size=[8, 16]))
+    assert '2 reference passes' in (text := plan_text(config, dict(dpo_beta=[.1, .2], max_length=[32, 64])))
+    assert 'audited 2 times' in text
+
+
+def test_rows_of_another_call_are_not_taken(monkeypatch):
+    monkeypatch.setattr('dpo_lab.sweep.load_rows', lambda *args: (None, None, Rows(range(99), {}), Rows((), {}), {}))
+    def rows(load): return load(Config(), None, None, lambda line: None)
+    for one, other, same in ((shared_rows('a'), shared_rows('a'), True), (shared_rows('a'), shared_rows('b'), False),
+                             (shared_rows(), shared_rows(), False)):
+        assert (rows(one) is rows(other)) == same and rows(other) is rows(other)
 
 
 def test_the_table_is_tidy(four):
@@ -105,6 +132,17 @@ def test_more_values_extend_a_sweep(four, tmp_path):
     assert more.table.status.value_counts().to_dict() == {'finished': 4, 'new': 2}
 
 
+def test_a_sample_is_trained_and_a_larger_one_goes_on_from_it(tmp_path, capsys):
+    words = [f'log_path={tmp_path}/sweep', 'dpo_beta=0.05,0.1,0.2,0.4', 'learning_rate=1e-4,2e-4', 'max_steps=1']
+    assert main([*words, 'samples=1']) == 0
+    first = [*Sweep(tmp_path/'sweep').points]
+    assert '1 points in' in capsys.readouterr().out and len(first) == 1
+    assert main([*words, 'samples=2']) == 0
+    assert '2 points in' in (out := capsys.readouterr().out) and '1 are finished, 1 to train' in out
+    both = Sweep(tmp_path/'sweep').table
+    assert both.status.tolist() == ['finished']*2 and Path(both.path[0]).name == first[0]
+
+
 def test_left_in_the_middle_it_continues_where_it_was(tmp_path):
     config = short(tmp_path/'sweep', max_steps=3)
     begun = begin_sweep(config, dict(seed=[0, 1]))
@@ -155,6 +193,27 @@ def test_ctrl_c_says_how_to_continue(tmp_path):
     assert f'python -m dpo_lab.sweep log_path={tmp_path}/sweep dpo_beta=0.1,0.2' in out
 
 
+def test_ctrl_c_ends_the_workers_and_starts_no_other_point(tmp_path):
+    words = [f'log_path={tmp_path}/sweep', 'seed=0,1,2,3,4,5', 'max_steps=2000', 'num_epochs=99', 'eval_every=0',
+             'infrequent_eval_every=0', 'save_every=1', 'workers=2']
+    process = subprocess.Popen([sys.executable, '-m', 'dpo_lab.sweep', *words], cwd=ROOT, stdin=subprocess.DEVNULL,
+                               stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True)
+    begun = [tmp_path/'sweep'/f'seed={seed}' for seed in (0, 1)]
+    try:
+        wait_for(lambda: all([*path.glob('checkpoints/0*')] for path in begun), process)
+        os.killpg(process.pid, signal.SIGINT)           # as a terminal does
+        out, err = process.communicate(timeout=20)
+    except subprocess.TimeoutExpired: os.killpg(process.pid, signal.SIGKILL); raise
+    assert process.returncode == 130 and 'Continue with' in out and 'Traceback' not in err
+    assert Sweep(tmp_path/'sweep').table.status.tolist() == ['unfinished']*2 + ['new']*4
+    steps = [path.read_text() for path in tmp_path.glob('sweep/*/metrics.jsonl')]
+    time.sleep(1)
+    assert [path.read_text() for path in tmp_path.glob('sweep/*/metrics.jsonl')] == steps
+    for path in begun:                                  # whatever a worker was writing, its newest checkpoint is whole
+        newest = path/Run(path).checkpoints[-1]['path']
+        assert load_file(newest/'trainable.safetensors') and (newest/'state.json').read_text()[-1] == '}'
+
+
 def test_a_failed_point_is_a_row_and_the_others_go_on(tmp_path, capsys):
     assert main([f'log_path={tmp_path}/sweep', 'learning_rate=1e30,1e-4', 'max_steps=3', 'eval_every=0']) == 1
     t = Sweep(tmp_path/'sweep').table
@@ -163,6 +222,13 @@ def test_a_failed_point_is_a_row_and_the_others_go_on(tmp_path, capsys):
     assert 'Traceback' in read_jsonl(tmp_path/'sweep'/'points.jsonl')[0]['traceback']
     out = capsys.readouterr().out
     assert 'FloatingPointError' in out and 'learning_rate=0.0001 has the best' in out
+
+
+def test_each_point_has_a_tracker_of_its_own_also_where_one_fails(tmp_path, trackio):
+    sweep(short(tmp_path/'sweep', tracker='trackio'), learning_rate=[1e30, 1e-4])
+    assert [(told.name, told.open) for told in trackio] == [('learning_rate=1e+30', False),
+                                                            ('learning_rate=0.0001', False)]
+    assert trackio[1].steps == [0, 1, 2]
 
 
 def test_two_processes_give_the_same_numbers_and_share_the_reference(four, tmp_path, monkeypatch):
@@ -274,8 +340,12 @@ MISTAKES = {
     'loss=sigmoid,simpo reference_model_name=tiny': 'compares with no reference',
     'learning_rate=logspace(1e-4,1e-6,3)': '0 < low < high',
     'seed=0,1 metric=acuracy': "Did you mean 'accuracy'",
+    'dataset=toy,hhh': 'set test_dataset',
+    'dataset_revision=a,b dataset=hhh dry_run=true': 'set test_dataset',
+    'test_dataset=toy,hhh': 'have other held-out pairs',
     'seed=0,1 samples=0': 'at least 1',
     'seed=0,1 workers=0': 'at least 1',
+    'seed=0,1 workers=0 dry_run=true': 'at least 1',
     'seed=3': 'nothing varies',
     'nonsense': 'key=value',
 }
@@ -319,6 +389,16 @@ def test_dry_run_touches_nothing_and_says_how_it_measured(tmp_path, capsys):
     out = capsys.readouterr().out
     assert '4: 4 new' in out and '1 reference pass;' in out and 'by a probe of 4 steps' in out
     assert not (tmp_path/'sweep').exists()
+
+
+def test_a_probe_has_the_cores_of_a_worker_and_gives_them_back(tmp_path, monkeypatch):
+    seen, before = [], torch.get_num_threads()
+    def opened(*args): seen.append(torch.get_num_threads()); raise KeyboardInterrupt
+    monkeypatch.setattr('dpo_lab.sweep.open_run', opened)
+    monkeypatch.setattr('os.sched_getaffinity', lambda pid: range(12), raising=False)
+    for workers in (1, 4):
+        with pytest.raises(KeyboardInterrupt): estimate({'one': short(tmp_path/'one')}, tmp_path, workers)
+    assert seen == [before, 3] and torch.get_num_threads() == before
 
 
 def test_past_points_are_a_better_measure_than_a_probe(four, monkeypatch):
@@ -382,6 +462,22 @@ def test_the_truly_best_is_hardly_ever_ruled_out():
 def test_other_held_out_pairs_are_not_compared(tmp_path):
     result = begin_sweep(short(tmp_path/'sweep'), dict(dataset=['toy', 'hhh']))
     with pytest.raises(ValueError, match='set test_dataset'): result.verdict()
+
+
+def test_without_held_out_pairs_the_table_stands_alone(tmp_path, capsys):
+    def said(role, text): return [dict(role=role, content=text)]
+    pair = dict(prompt=said('user', 'Name a colour.'), chosen=said('assistant', 'Blue.'),
+                rejected=said('assistant', 'Tuesday.'))
+    append_jsonl(tmp_path/'pairs.jsonl', [pair]*4)
+    words = [f'log_path={tmp_path}/sweep', f'dataset={tmp_path}/pairs.jsonl', 'batch_size=4', 'max_steps=1', 'seed=0,1']
+    assert main(words) == 0
+    out = capsys.readouterr().out
+    assert 'accuracy not measured' in out and 'no verdict: seed=0 has no held-out pairs: set test_dataset' in out
+
+
+def test_all_points_failing_is_the_failure_of_the_points(tmp_path, capsys):
+    assert main([f'log_path={tmp_path}/sweep', 'batch_size=9998,9999']) == 1
+    assert 'no verdict: ' in (out := capsys.readouterr().out) and 'fewer than one batch' in out
 
 
 def test_reading_a_sweep_needs_no_torch(four):

@@ -214,6 +214,16 @@ def test_tensorboard_gets_the_same_numbers(tmp_path):
     assert [e.step for e in events.Scalars('dpo_loss')] == [0, 1]
 
 
+def test_a_tracker_is_finished_with_its_run_and_opened_again_if_that_goes_on(tmp_path, monkeypatch, trackio):
+    run = run_dpo(short(tmp_path/'run', tracker='trackio', eval_every=0), quiet)
+    interrupt_next_step(monkeypatch)
+    with pytest.raises(KeyboardInterrupt):
+        for _ in run: pass
+    assert [(told.steps, told.open) for told in trackio] == [([0], False)]
+    for _ in run: pass
+    assert [(told.steps, told.open) for told in trackio] == [([0], False), ([1, 2, 3, 4, 5, 6], False)]
+
+
 MISTAKES = {
     'learning_rat=1e-5': "Did you mean 'learning_rate'",
     'dpo_beta=0': 'dpo_beta=0.0: must be above 0',

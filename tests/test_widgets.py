@@ -7,7 +7,6 @@ import shlex
 import shutil
 import subprocess
 import time
-from concurrent.futures import Future
 from pathlib import Path
 
 import pytest
@@ -16,7 +15,6 @@ import torch
 pytest.importorskip('anywidget', reason="needs the lab extra: pip install 'dpo_lab[lab]'")
 
 from dpo_lab.diagnostics import counterfactual, open_run, pair_frame, thinned
-from dpo_lab.live_sweep import LiveSweep
 from dpo_lab.losses import LOSSES, PairLogps
 from dpo_lab.models import tiny_model
 from dpo_lab.runs import Run, RunWriter, read_jsonl, write_json
@@ -376,13 +374,3 @@ def test_a_rewind_in_the_widget_takes_the_curve_back(tmp_path):
     press(monitor, 'start')
     until(lambda: monitor.status['state'] == 'finished' and monitor.points[-1][0] == 8)
     assert [p[0] for p in monitor.points] == list(range(9))
-
-
-def test_a_sweep_that_is_interrupted_can_be_started_again(tmp_path):
-    class Interrupted(LiveSweep):
-        def submit(self, fn, *args):
-            (future := Future()).set_exception(KeyboardInterrupt())
-            return future
-    live = Interrupted(asked(tmp_path/'grid'), {'dpo_beta': [.1, .5]}).start()
-    live.join()
-    assert live.state == 'stopped'
