@@ -17,7 +17,7 @@ import chz
 from .diagnostics import point
 from .runs import read_jsonl
 from .steering import Tail
-from .sweep import Sweep, begin_sweep, command_of, processes, split_values, train_points
+from .sweep import Sweep, begin_sweep, command_of, last_error, processes, split_values, train_points
 from .train import OF_THIS_CALL, Config, nearest, parse
 
 # %% ../nbs/16c_live_sweep.ipynb #42c75eba
@@ -104,13 +104,14 @@ class SweepFeed:
 
     def poll(self) -> list[dict]: # for each point: name, values, status, progress, error, curve (what is new), again
         "The state of every point, and the new part of its curve."
-        told = {r['point']: r for r in read_jsonl(self.sweep.path/'points.jsonl')}
+        told: dict[str, list] = {name: [] for name in self.points}
+        for r in read_jsonl(self.sweep.path/'points.jsonl'): told[r['point']].append(r)
         out = []
         for name, values in self.points.items():
             records, again = self.tails[name].new()
             if records: self.progress[name] = records[-1].get('progress', 0.)
             elif again: self.progress[name] = 0.
-            done, error = self.progress[name] >= 1, told.get(name, {}).get('error', '')
+            done, error = self.progress[name] >= 1, last_error(self.sweep.path/name, told[name])
             status = 'finished' if done else 'failed' if error else 'training' if self.progress[name] else 'waiting'
             curve = [point(r['step'], r)[:2] for r in records]
             out.append({'name': name, 'values': values, 'status': status, 'progress': self.progress[name],

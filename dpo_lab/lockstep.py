@@ -17,8 +17,7 @@ from torch.func import functional_call, vmap
 
 from .batches import PairBatch
 from .logprobs import TOKEN_LOGPS, find_layout, token_logps, use_shared_prompt_attention
-from .runs import append_jsonl
-from .sweep import Sweep, locked, open_run, shared_rows, status
+from .sweep import Sweep, locked, open_run, report, shared_rows, status
 from .train import OF_THIS_CALL, Config, DPORun, build_loss, resolve
 from .training import DPOObjective, StepMetrics, trainable_weights
 
@@ -157,13 +156,12 @@ def train_together(
     if most < 1: raise ValueError(f"most={most}: must be at least 1")
     left = {name: c for name, c in sweep.configs.items() if status(c) != 'finished'}
     tables = [lane[i:i+most] for lane in lanes(left) for i in range(0, len(lane), most)]
+    load = shared_rows()
     with locked(sweep):
         for table in tables:
-            load = shared_rows(f'{time.time_ns()}')
             for runs in seated({name: open_run(left[name], load) for name in table}):
                 ended: dict[str, dict] = {}
                 for shown in walk(runs, ended):
                     yield shown
-                    for name in [*ended]:
-                        append_jsonl(sweep.path/'points.jsonl', [{'point': name, **ended.pop(name)}])
-                for name in ended: append_jsonl(sweep.path/'points.jsonl', [{'point': name, **ended[name]}])
+                    for name in [*ended]: report(sweep, name, ended.pop(name))
+                for name in ended: report(sweep, name, ended[name])

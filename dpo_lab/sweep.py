@@ -5,11 +5,11 @@
 # %% auto #0
 __all__ = ['ROWS_DEPEND_ON', 'REFERENCE_DEPENDS_ON', 'SHOWN', 'METRICS', 'OTHER_PAIRS', 'logspace', 'as_axes', 'combination',
            'grid', 'point_name', 'point_configs', 'status', 'shared_rows', 'open_run', 'run_point', 'share_cores',
-           'cores_each', 'end_processes', 'Workers', 'processes', 'outcomes', 'Sweep', 'sweep_table', 'with_interval',
-           'short_table', 'sweep_folder', 'begin_sweep', 'locked', 'train_points', 'sweep', 'student', 'interval',
-           'delta_of', 'check_verdict', 'pair_values', 'Verdict', 'compare', 'command_of', 'train_command',
-           'folder_bytes', 'other_threads', 'Probe', 'probe', 'point_seconds', 'distinct', 'estimate', 'SweepConfig',
-           'split_values', 'parse_sweep', 'human', 'plan_text', 'follow_points', 'show_sweep', 'main']
+           'cores_each', 'end_processes', 'Workers', 'processes', 'outcomes', 'Sweep', 'last_error', 'sweep_table',
+           'with_interval', 'short_table', 'sweep_folder', 'begin_sweep', 'locked', 'report', 'train_points', 'sweep',
+           'student', 'interval', 'delta_of', 'check_verdict', 'pair_values', 'Verdict', 'compare', 'command_of',
+           'train_command', 'folder_bytes', 'other_threads', 'Probe', 'probe', 'point_seconds', 'distinct', 'estimate',
+           'SweepConfig', 'split_values', 'parse_sweep', 'human', 'plan_text', 'follow_points', 'show_sweep', 'main']
 
 # %% ../nbs/15_sweep.ipynb #8acd4710
 import gc
@@ -31,6 +31,7 @@ from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ProcessPoolExecutor
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
+from datetime import datetime
 from multiprocessing import get_context
 from pathlib import Path
 from typing import Any, get_args
@@ -291,6 +292,15 @@ class Sweep:
         return f'<b>{self.path.name}</b>' + shown.to_html(index=False, na_rep='')
 
 # %% ../nbs/15_sweep.ipynb #2cbb8bdf
+def last_error(
+    path: Path,         # of a point
+    told: list[dict],   # its lines of `points.jsonl`
+) -> str: # empty if there is none, or if the point has been begun again since
+    "The error a point ended with."
+    if not told or not told[-1]['error']: return ''
+    begun = [e['time'] for e in read_jsonl(path/'events.jsonl') if e['event'] in ('started', 'resumed')]
+    return '' if max(begun, default='') > told[-1].get('time', '9') else told[-1]['error']
+
 def sweep_table(
     sweep: Sweep, # whose folder is read
 ):
@@ -302,7 +312,7 @@ def sweep_table(
     for name, config in sweep.configs.items():
         state, told, metrics = status(config), reports.get(name, []), {}
         if state == 'finished': metrics = read_jsonl(sweep.path/name/'metrics.jsonl')[-1]
-        error = '' if state == 'finished' or not told else told[-1]['error']
+        error = '' if state == 'finished' else last_error(sweep.path/name, told)
         rows.append(sweep.points[name] | {'status': 'failed' if error else state, 'step': metrics.get('step')}
                     | {k: v for k, v in metrics.items() if k.startswith('test/')}
                     | {'seconds': sum(r.get('seconds', 0) for r in told), 'path': str(sweep.path/name), 'error': error})
@@ -376,6 +386,15 @@ def locked(
     try: yield
     finally: lock.release()
 
+def report(
+    sweep: Sweep,   # whose `points.jsonl` it goes to
+    name: str,      # of a point
+    outcome: dict,  # see `run_point`
+):
+    "Write down how a point ended, and when."
+    now = datetime.now().isoformat(timespec='seconds')
+    append_jsonl(sweep.path/'points.jsonl', [{'point': name, 'time': now, **outcome}])
+
 def train_points(
     sweep: Sweep,           # laid out
     executor: Any=None,     # with `submit`; None: here
@@ -386,7 +405,7 @@ def train_points(
     jobs = {name: c for name, c in sweep.configs.items() if status(c) != 'finished'}
     with locked(sweep):
         for name, outcome in outcomes(jobs, executor, threads):
-            append_jsonl(sweep.path/'points.jsonl', [{'point': name, **outcome}])
+            report(sweep, name, outcome)
             yield name, outcome
 
 def sweep(

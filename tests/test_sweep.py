@@ -20,9 +20,9 @@ import dpo_lab.batches
 import dpo_lab.reference
 from dpo_lab.batches import Rows
 from dpo_lab.runs import Run, append_jsonl, read_jsonl, write_json
-from dpo_lab.sweep import (Sweep, begin_sweep, estimate, interval, main, plan_text, point_name, processes, run_point,
-                           shared_rows, sweep, train_points)
-from dpo_lab.train import Config, parse, run_dpo
+from dpo_lab.sweep import (Sweep, begin_sweep, estimate, interval, main, plan_text, point_name, processes, report,
+                           run_point, shared_rows, sweep, train_points)
+from dpo_lab.train import Config, parse, resolve, run_dpo
 
 ROOT = Path(__file__).parent.parent
 
@@ -490,3 +490,17 @@ def test_help_names_its_own_words(capsys):
     with pytest.raises(SystemExit): main(['--help'])
     out = capsys.readouterr().out
     assert 'dry_run' in out and 'workers' in out and 'dpo_beta' in out
+
+
+def test_a_failed_point_that_is_tried_again_is_no_longer_called_failed(tmp_path):
+    begun = begin_sweep(Config(log_path=str(tmp_path/'grid'), max_steps=1, eval_every=0, infrequent_eval_every=0),
+                        dict(dpo_beta=[.1, .5]))
+    name = next(iter(begun.points))
+    report(begun, name, {'seconds': 1., 'error': 'MemoryError: no room', 'traceback': ''})
+    assert [*begun.table.status] == ['failed', 'new']
+    event = dict(step=0, event='started', time='2999-01-01T00:00:00')
+    write_json(begun.path/name/'config.json', chz.asdict(resolve(begun.configs[name])))
+    append_jsonl(begun.path/name/'events.jsonl', [event])
+    assert [*begun.table.status] == ['unfinished', 'new'] and not any(begun.table.error)
+    report(begun, name, {'seconds': 1., 'time': '2999-01-02T00:00:00', 'error': 'MemoryError: no room'})
+    assert [*begun.table.status] == ['failed', 'new']
