@@ -194,7 +194,9 @@ def share_cores(
     signal.signal(signal.SIGINT, signal.SIG_IGN)    # Ctrl-C reaches all processes: who began the workers ends them
     os.environ['OMP_NUM_THREADS'] = str(threads)
     import torch
+    from tqdm import tqdm
     torch.set_num_threads(threads)
+    tqdm.set_lock(threading.RLock())        # its own reaches across processes, and would outlive a worker that is ended
     quiet_libraries()
 
 def cores_each(
