@@ -143,12 +143,13 @@ class RunWriter:
     ) -> Path: # the folder of the checkpoint
         "Keep a checkpoint, and drop the oldest beyond `keep`."
         place = self.path/'checkpoints'/f'{step:06d}'
-        beside = place.with_name(f'.{place.name}')
-        shutil.rmtree(beside, ignore_errors=True)
+        beside, before = place.with_name(f'.{place.name}'), place.with_name(f'.{place.name}.old')
+        for half in (beside, before): shutil.rmtree(half, ignore_errors=True)
         beside.mkdir(parents=True)
         write(beside)
-        shutil.rmtree(place, ignore_errors=True)
+        if place.exists(): place.rename(before)     # what is in its place is always whole
         beside.rename(place)
+        shutil.rmtree(before, ignore_errors=True)
         keep_until(self.path/'checkpoints.jsonl', step - 1)
         append_jsonl(self.path/'checkpoints.jsonl', [dict(step=step, path=f'checkpoints/{step:06d}')])
         for old in Run(self.path).checkpoints[:-keep]: shutil.rmtree(self.path/old['path'])
