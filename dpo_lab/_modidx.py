@@ -945,6 +945,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                   'dpo_lab.training.mean_interval': ('training.html#mean_interval', 'dpo_lab/training.py'),
                                   'dpo_lab.training.moved_reference': ('training.html#moved_reference', 'dpo_lab/training.py'),
                                   'dpo_lab.training.movement': ('training.html#movement', 'dpo_lab/training.py'),
+                                  'dpo_lab.training.on_cpu': ('training.html#on_cpu', 'dpo_lab/training.py'),
                                   'dpo_lab.training.pair_columns': ('training.html#pair_columns', 'dpo_lab/training.py'),
                                   'dpo_lab.training.pair_records': ('training.html#pair_records', 'dpo_lab/training.py'),
                                   'dpo_lab.training.save_training_state': ('training.html#save_training_state', 'dpo_lab/training.py'),
