@@ -70,7 +70,7 @@ def check_values(
     logps: PairLogps,  # what to check
 ) -> None:
     "Raise if a field has an impossible value; on a GPU nothing is read, since that would wait for it."
-    if logps.lengths.is_cuda: return
+    if logps.lengths.device.type != 'cpu': return
     if (logps.lengths < 1).any():
         raise ValueError("a completion has no scored tokens (lengths < 1): drop its pair before making log-probs")
     if logps.soft_label is not None and not ((0 <= logps.soft_label) & (logps.soft_label <= 1)).all():
@@ -266,7 +266,7 @@ def preference_metrics(
     beta: float = 0.1,  # the beta that the loss used
 ) -> dict[str, float]:  # means over the pairs; `ties` and `num_pairs` are counts
     "The guide's metrics of a batch; without a reference there are no rewards, and only the log-probs remain."
-    logps = detached(logps)
+    logps = mapped(logps, lambda _, v: v.detach().cpu())    # Apple's GPUs have no float64
     chosen, rejected = logps.policy.double().mean(1).tolist()
     metrics = dict(chosen_logps=chosen, rejected_logps=rejected, num_pairs=logps.policy.shape[1])
     if logps.reference is None: return metrics
@@ -672,9 +672,10 @@ def kept_pairs(
 ) -> Tensor:         # `(B,)` bool
     "A draw without replacement that prefers pairs near the mean."
     seeded = torch.Generator().manual_seed(int(step))
-    gumbel = -torch.log(-torch.log(torch.rand(len(delta), generator=seeded, dtype=torch.float64))).to(delta.device)
+    gumbel = -torch.log(-torch.log(torch.rand(len(delta), generator=seeded, dtype=torch.float64)))
+    near = -0.5 * ((delta.cpu().double() - mean) / max(std, 1e-6)) ** 2
     # the k largest of log-chance + Gumbel noise are a draw of k without replacement
-    best = (gumbel - 0.5 * ((delta.double() - mean) / max(std, 1e-6)) ** 2).topk(max(1, int(keep * len(delta)))).indices
+    best = (gumbel + near).topk(max(1, int(keep * len(delta)))).indices.to(delta.device)
     return torch.zeros_like(delta, dtype=torch.bool).index_fill(0, best, True)
 
 # %% ../nbs/00_losses.ipynb #9135c264

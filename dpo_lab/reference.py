@@ -18,7 +18,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from .batches import PairRow, Rows, pack
+from .batches import TOKEN_BUDGET, PairRow, Rows, pack
 from .logprobs import find_layout, token_logps
 from .models import weights_fingerprint
 
@@ -39,8 +39,10 @@ def reference_fingerprint(
     token_budget: int|None=None,    # of the batches it runs on
 ) -> str: # names the column
     "What the reference column depends on, in one name."
-    dtype = str(next(model.parameters()).dtype).removeprefix('torch.')
-    batches = '' if dtype == 'float32' else f'-{token_budget}'      # float32 does not mind who shares a batch
+    weight = next(model.parameters())
+    dtype, budget = str(weight.dtype).removeprefix('torch.'), token_budget or TOKEN_BUDGET
+    # float32 does not mind who shares a batch, nor where it is added up
+    batches = '' if dtype == 'float32' else f'-{budget}-{weight.device.type}'
     return f'{weights_fingerprint(model)}-{rows_fingerprint(rows)}-{dtype}-{find_layout(model)}{batches}'
 
 # %% ../nbs/06_reference.ipynb #69959543

@@ -44,7 +44,7 @@ def random_model(name, dtype=torch.float32):
     sizes = dict(vocab_size=VOCABULARY, hidden_size=32, num_hidden_layers=3, num_attention_heads=4,
                  max_position_embeddings=128)
     gated = sizes | ends | dict(intermediate_size=48, num_key_value_heads=2, pad_token_id=0)
-    wide = gated | dict(head_dim=8)
+    wide, windowed = gated | dict(head_dim=8), dict(sliding_window=20)      # longer than what a probe looks at
     gpt2 = ends | dict(vocab_size=VOCABULARY, n_embd=32, n_layer=3, n_head=4, n_positions=128)
     mamba = dict(vocab_size=VOCABULARY, hidden_size=32, num_hidden_layers=2)
     def make():
@@ -59,10 +59,28 @@ def random_model(name, dtype=torch.float32):
         if name == 'smollm3': return t.SmolLM3ForCausalLM(t.SmolLM3Config(**gated))
         if name == 'gpt_neox': return t.GPTNeoXForCausalLM(t.GPTNeoXConfig(**sizes, **ends, intermediate_size=48))
         if name == 'gpt2': return t.GPT2LMHeadModel(t.GPT2Config(**gpt2))
+        if name == 'qwen2_moe': return t.Qwen2MoeForCausalLM(t.Qwen2MoeConfig(
+            **gated, **windowed, use_sliding_window=True, max_window_layers=3, num_experts=4, num_experts_per_tok=2,
+            moe_intermediate_size=16, shared_expert_intermediate_size=16))
+        if name == 'phimoe': return t.PhimoeForCausalLM(t.PhimoeConfig(**gated, **windowed, num_local_experts=4))
         if name == 'mamba': return t.MambaForCausalLM(t.MambaConfig(**mamba))
         raise ValueError(name)
     torch.manual_seed(0)
     return make().to(dtype).eval()
+
+
+class Far(torch.Tensor):
+    "A tensor as on Apple's GPU: it has no float64, and whoever asks for its numbers is noted."
+    where, reads = torch.device('mps'), []
+
+    @classmethod
+    def __torch_function__(cls, func, types, args=(), kwargs=None):
+        if func == torch.Tensor.device.__get__: return cls.where
+        if func is torch.Tensor.double: raise TypeError('MPS has no float64')
+        if func.__name__ in ('cpu', 'item', 'tolist', 'numpy', '__bool__', '__float__', '__int__'):
+            cls.reads.append(func.__name__)
+        if func is not torch.Tensor.cpu: return super().__torch_function__(func, types, args, kwargs or {})
+        with torch._C.DisableTorchFunctionSubclass(): return args[0].as_subclass(torch.Tensor)
 
 
 @pytest.fixture(scope='session')

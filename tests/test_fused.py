@@ -29,6 +29,7 @@ def gradients(model, batch, layout):
 def test_fused_equals_plain_layers(name, dtype, tolerance):
     if (name, dtype) == ('gemma2', torch.float64): tolerance = 1e-6     # its own attention is float32 there
     model, batch = random_model(name, dtype), collate(random_rows(8))
+    if name == 'gemma2': model.config.final_logit_softcapping = None    # else the head is its own
     (plain, plain_grad), (fused, fused_grad) = (gradients(model, batch, way) for way in ('packed', 'packed_fused'))
     assert (fused - plain).abs().max() < 10*tolerance
     assert (fused_grad - plain_grad).norm() < tolerance * plain_grad.norm()

@@ -6,11 +6,11 @@ import torch
 from conftest import random_model, random_rows, shared
 
 from dpo_lab.attention import BLOCK
-from dpo_lab.batches import collate, encode_pairs, pack
+from dpo_lab.batches import PairRow, collate, encode_pairs, pack
 from dpo_lab.data import load_pairs
-from dpo_lab.logprobs import (LAYOUTS, at_least_float32, completion_confidence, completion_kl, find_layout,
-                              padded_logits, pair_logps, restore_attention, scored_log_softmax, token_entropy,
-                              token_logps)
+from dpo_lab.logprobs import (AFTER_HEAD, LAYOUTS, at_least_float32, completion_confidence, completion_kl, find_layout,
+                              padded_logits, padded_token_logps, pair_logps, restore_attention,
+                              scored_log_softmax, shared_prompt_attention, token_entropy, token_logps)
 from dpo_lab.renderers import get_renderer
 
 PACKED = ['llama', 'qwen2', 'qwen3', 'mistral', 'gemma2', 'gemma3', 'phi', 'olmo2', 'smollm3', 'gpt2', 'gpt_neox']
@@ -47,6 +47,7 @@ def test_packed_equals_plain(name, dtype, tolerance, monkeypatch):
 def test_gradient_packed_equals_padded(name, block, monkeypatch):
     monkeypatch.setitem(BLOCK, 'cpu', block)
     model, batch, found = random_model(name), collate(random_rows(8)), []
+    if name == 'gemma2': model.config.final_logit_softcapping = None    # else the head is its own
     weights = torch.linspace(-1, 1, 2*len(batch)).view(2, -1)
     for layout in ('packed', 'padded'):
         grads = torch.autograd.grad((pair_logps(model, batch, layout) * weights).sum(), list(model.parameters()))
@@ -124,6 +125,84 @@ def test_a_wrong_attention_is_caught_by_the_probe(monkeypatch):
     monkeypatch.setattr(A, 'tree_mask', rejected_sees_chosen)
     model = random_model('llama')
     with pytest.warns(UserWarning, match='log-probs differ by'): assert find_layout(model) == 'padded'
+
+
+@torch.no_grad()
+def test_an_adapter_on_the_head_takes_part():
+    from peft import LoraConfig, get_peft_model
+    model = get_peft_model(random_model('llama'), LoraConfig(r=4, target_modules=['q_proj', 'lm_head'])).eval()
+    batch = collate(random_rows(6))
+    assert find_layout(model) == 'packed_logits'                # B is zero yet: the numbers alone would not tell
+    for name, p in model.named_parameters():
+        if 'lora_B' in name: torch.nn.init.normal_(p, generator=torch.Generator().manual_seed(0))
+    assert torch.allclose(pair_logps(model, batch), pair_logps(model, batch, layout='padded'), atol=1e-3)
+    with pytest.raises(TypeError, match="the head is a Linear.*layout='packed_logits'"):
+        token_logps(model, batch, layout='packed')
+
+
+@pytest.mark.parametrize('dtype', [torch.float32, torch.bfloat16])
+@torch.no_grad()
+def test_a_cap_that_small_logits_do_not_show_is_kept(dtype):
+    model, batch = random_model('gemma2', dtype), collate(random_rows(6))
+    assert find_layout(model) == 'packed_logits'
+    model.lm_head.weight.mul_(1000)                             # now it bites
+    packed, padded = pair_logps(model, batch), pair_logps(model, batch, layout='padded')
+    model.config.final_logit_softcapping = None
+    assert (packed - padded).abs().max() < .02 * (padded - pair_logps(model, batch, layout='padded')).abs().max()
+
+
+@pytest.mark.parametrize('name', AFTER_HEAD)
+def test_what_a_configuration_does_to_logits_is_not_left_out(name):
+    model, batch = random_model('llama'), collate(random_rows(2))
+    setattr(model.config, name, .5)
+    assert find_layout(model) == 'packed_logits'
+    with pytest.raises(TypeError, match=f'the logits go through {name}'): token_logps(model, batch, layout='packed')
+
+
+@torch.no_grad()
+def test_a_window_that_a_layer_has_and_does_not_pass_on_is_looked_through():
+    model, rows = random_model('qwen2_moe'), random_rows(12)
+    assert max(len(row.prompt + row.chosen) for row in rows) > 2*model.config.sliding_window
+    packed = pair_logps(model, collate(rows))
+    assert find_layout(model).startswith('packed')
+    assert torch.allclose(packed, torch.stack([one_by_one(model, row) for row in rows], 1), atol=1e-4)
+
+
+@torch.no_grad()
+def test_a_window_that_no_layer_tells_of_is_not_packed():
+    model, rows = random_model('phimoe'), random_rows(8)
+    with pytest.warns(UserWarning, match='does not say whether it looks through'):
+        logps = pair_logps(model, collate(rows))
+    assert torch.allclose(logps, torch.stack([one_by_one(model, row) for row in rows], 1), atol=1e-4)
+
+
+def test_what_attention_over_pairs_cannot_add_is_refused():
+    batch, layer = collate(random_rows(2)), random_model('llama').model.layers[0].self_attn
+    x = torch.randn(1, 4, len(batch.input_ids), 8)
+    with pytest.raises(ValueError, match="LlamaAttention asks for s_aux.*layout='padded'"):
+        shared_prompt_attention(layer, x, x, x, None, original='sdpa', pair_batch=batch, s_aux=torch.zeros(4))
+
+
+@pytest.mark.parametrize('rope', [
+    dict(rope_type='dynamic', factor=2., rope_theta=1e4),
+    dict(rope_type='longrope', short_factor=[1.]*4, long_factor=[4.]*4, rope_theta=1e4,
+         original_max_position_embeddings=20)], ids=['dynamic', 'longrope'])
+@torch.no_grad()
+def test_positions_that_depend_on_the_neighbours_are_refused(rope):
+    from transformers import LlamaConfig, LlamaForCausalLM
+    most = 20 if rope['rope_type'] == 'dynamic' else 80
+    config = LlamaConfig(vocab_size=101, hidden_size=32, intermediate_size=48, num_hidden_layers=2, head_dim=8,
+                         num_attention_heads=4, initializer_range=.3, max_position_embeddings=most,
+                         rope_parameters=rope)
+    torch.manual_seed(0)
+    model = LlamaForCausalLM(config).eval()
+    def row(n): return PairRow([1, 2, 3], [4]*n, [5]*n, [True]*n, [True]*n)
+    short = pair_logps(model, collate([row(16)]))
+    assert torch.allclose(short, one_by_one(model, row(16))[:, None], atol=1e-3)
+    beside = padded_token_logps(model, collate([row(16), row(40)]))[:32]        # on plain rows too
+    assert (beside - padded_token_logps(model, collate([row(16)]))).abs().max() > 1e-2
+    with pytest.raises(ValueError, match='a side of 43 tokens: beyond 20 .* max_length=20'):
+        pair_logps(model, collate([row(16), row(40)]))
 
 
 @torch.no_grad()

@@ -8,6 +8,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
+from conftest import Far
 
 from dpo_lab.losses import (
     COLUMNS,
@@ -20,6 +21,7 @@ from dpo_lab.losses import (
     f_scores,
     get_loss,
     implicit_rewards,
+    kept_pairs,
     loss_table,
     preference_loss,
     preference_metrics,
@@ -532,6 +534,14 @@ def test_metrics_are_the_guides():
     still = preference_metrics(replace(x, policy=x.reference), 0.2)
     assert (still['accuracy'], still['ties'], still['margin']) == (0.5, 200, 0.0)
     assert set(preference_metrics(replace(x, reference=None))) == {'chosen_logps', 'rejected_logps', 'num_pairs'}
+
+
+def test_a_device_without_float64_is_asked_for_none(monkeypatch):
+    x = random_pairs(40)
+    far = PairLogps(x.policy.as_subclass(Far), x.reference.as_subclass(Far), x.lengths.as_subclass(Far))
+    assert preference_metrics(far) == preference_metrics(x)
+    monkeypatch.setattr(Far, 'where', torch.device('cpu'))      # so that what was drawn has a way back
+    assert torch.equal(kept_pairs(far.delta, 0.5, 0.0, 1.0, 3), kept_pairs(x.delta, 0.5, 0.0, 1.0, 3))
 
 
 # ---- TRL, run live: its own loss code, on token log-probs of our making ----

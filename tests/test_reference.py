@@ -5,7 +5,7 @@ import pytest
 import torch
 from conftest import random_model, random_rows
 
-from dpo_lab.batches import pack
+from dpo_lab.batches import TOKEN_BUDGET, pack
 from dpo_lab.logprobs import token_logps
 from dpo_lab.reference import SAVE_SECONDS, compute_reference, reference_fingerprint, reference_logps, with_reference
 
@@ -30,6 +30,16 @@ def test_the_fingerprint_knows_weights_tokens_and_dtype_and_nothing_else():
     assert reference_fingerprint(random_model('llama', torch.float64), rows) != base
     with torch.no_grad(): model.model.norm.weight[0] += 1e-3
     assert reference_fingerprint(model, rows) != base
+
+
+def test_in_low_precision_the_fingerprint_knows_the_budget_in_use_and_the_device(monkeypatch):
+    model, rows = random_model('llama', torch.bfloat16), random_rows(5)
+    base = reference_fingerprint(model, rows)
+    assert base == reference_fingerprint(model, rows, TOKEN_BUDGET) != reference_fingerprint(model, rows, 50)
+    monkeypatch.setattr('dpo_lab.reference.TOKEN_BUDGET', 50)           # as where there is another default
+    assert reference_fingerprint(model, rows) == reference_fingerprint(model, rows, 50)
+    assert base.split('-')[2:] == ['bfloat16', 'packed_fused', str(TOKEN_BUDGET), 'cpu']
+    assert reference_fingerprint(random_model('llama'), rows).split('-')[2:] == ['float32', 'packed_fused']
 
 
 def test_an_interrupted_pass_continues_where_it_was(tmp_path, monkeypatch):

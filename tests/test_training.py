@@ -3,16 +3,17 @@ import math
 
 import pytest
 import torch
-from conftest import random_model, random_rows
+from conftest import Far, random_model, random_rows
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from dpo_lab.batches import collate, pack, rows_of_step
-from dpo_lab.logprobs import token_entropy
+from dpo_lab.logprobs import token_entropy, token_logps
+from dpo_lab.losses import PairLogps
 from dpo_lab.models import tiny_model
 from dpo_lab.reference import compute_reference, reference_logps, with_reference
 from dpo_lab.training import (DPOObjective, MasterAdamW, check_reference, evaluate_pairs, learning_rate_at,
-                              load_training_state, make_optimizer, moved_reference, save_training_state, train,
-                              train_dpo, wilson)
+                              load_training_state, make_optimizer, moved_reference, on_cpu, save_training_state,
+                              train, train_dpo, wilson)
 
 LOSSES = ['sigmoid', 'ipo', 'aot', 'bco_pair', 'beta_dpo', 'kto_pair', 'simpo', 'sigmoid(ld_alpha=0.3)',
           'sigmoid(wpo=true)', 'sigmoid + 0.2*sft']
@@ -31,6 +32,17 @@ def test_micro_batches_equal_one_batch(loss, tmp_path):
         return report['dpo_loss'], torch.cat([p.grad.flatten() for p in model.parameters()])
     (one, g1), (many, gk) = step(10**6), step(100)
     assert many == pytest.approx(one, rel=1e-6) and (gk - g1).norm() / g1.norm() < 1e-6
+
+
+def test_micro_batches_in_bfloat16_round_little_more_than_one_batch(tmp_path):
+    rows = ready(random_model('llama'), random_rows(64, empty_prompts=False), tmp_path)
+    def gradient(dtype, budget):
+        model = random_model('llama', dtype)
+        DPOObjective()(model, pack(rows, budget), 0)
+        return torch.cat([p.grad.float().flatten() for p in model.parameters()])
+    exact = gradient(torch.float32, 10**6)
+    one, sixteen = ((gradient(torch.bfloat16, budget) - exact).norm() for budget in (10**6, 200))
+    assert len(pack(rows, 200)) == 16 and sixteen < 1.3*one < .02*exact.norm()
 
 
 def test_step_zero_is_ln_2_with_no_reward(tiny_rows):
@@ -164,6 +176,7 @@ def test_a_loss_that_needs_the_live_reference_says_what_to_set(tiny_rows):
 
 def test_entropy_is_told_only_when_asked(tiny_rows):
     model, _ = tiny_model()
+    with torch.no_grad(): model.model.norm.weight.mul_(1.1)     # away from the reference, or rounding alone breaks ties
     rows = tiny_rows[1][:20]
     plain, asked = evaluate_pairs(model, rows), evaluate_pairs(model, rows, token_budget=200, entropy=True)
     assert not {'entropy', 'top1'} & set(plain)
@@ -203,6 +216,36 @@ def test_a_step_asks_for_no_number_before_its_gradient_is_there(loss, tmp_path, 
     assert torch.equal(torch.cat([p.grad.flatten() for p in model.parameters()]), gradient)
     with reads: assert later() == expected
     assert reads.names
+
+
+def far(model, batch): return token_logps(model, batch).as_subclass(Far)
+
+
+@pytest.mark.parametrize('loss', ['sigmoid', 'ipo', 'simpo'])
+def test_metrics_are_computed_on_the_cpu_after_one_transfer(loss, tmp_path):
+    model = random_model('llama')
+    rows = ready(model, random_rows(8, empty_prompts=False), tmp_path)
+    with torch.no_grad(): model.model.norm.weight.mul_(1.1)     # away from the reference, or rounding alone breaks ties
+    report, _ = DPOObjective(loss)(model, pack(rows, 100), 0)
+    later = DPOObjective(loss, read=far).later(model, pack(rows, 100), 0)
+    Far.reads.clear()
+    found, records = later()
+    assert Far.reads == ['cpu'] and len(records) == 8 and found == pytest.approx(report, abs=1e-4)
+    Far.reads.clear()
+    found = evaluate_pairs(model, rows, objective=DPOObjective(loss, read=far))
+    assert Far.reads == ['cpu'] and dict(found) == pytest.approx(dict(evaluate_pairs(model, rows, loss=loss)), abs=1e-4)
+
+
+def test_columns_of_any_dtype_arrive_as_they_left():
+    logps = PairLogps(torch.randn(2, 3), None, torch.ones(2, 3).long(), offset=torch.randn(3))
+    columns = torch.randn(1), torch.arange(5), torch.randn(2, 3).double(), torch.randn(3).bfloat16(), torch.ones(1)
+    distant = PairLogps(logps.policy.as_subclass(Far), None, logps.lengths.as_subclass(Far),
+                        offset=logps.offset.as_subclass(Far))
+    here, *found = on_cpu(distant, *(x.as_subclass(Far) for x in columns))
+    pairs = [(here.policy, logps.policy), (here.lengths, logps.lengths), (here.offset, logps.offset)]
+    for ours, theirs in pairs + [*zip(found, columns, strict=True)]:
+        assert type(ours) is torch.Tensor and ours.dtype == theirs.dtype and torch.equal(ours, theirs)
+    assert here.reference is None and on_cpu(logps, *columns)[0] is logps
 
 
 def test_batches_made_ahead_change_nothing(tiny_rows):
