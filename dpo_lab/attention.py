@@ -8,7 +8,7 @@ __all__ = ['GROUP_AREA', 'GROUP_WASTE', 'BLOCK', 'KEEP_WEIGHTS', 'ATTENTIONS', '
            'attend_flex', 'VarlenPlan', 'varlen_plan', 'attend_varlen', 'attention_error', 'find_attention']
 
 # %% ../nbs/04c_attention.ipynb #f6946b64
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cache
 from itertools import accumulate, islice
@@ -277,7 +277,8 @@ def attend_varlen(query: Tensor, key: Tensor, value: Tensor, batch: PairBatch, s
                   window: int|None=None, softcap: float|None=None) -> Tensor:
     "The same through flash attention for variable lengths; 16-bit numbers on a GPU."
     from torch.nn.attention.varlen import varlen_attn
-    if softcap is not None: raise ValueError('flash attention squashes no scores')
+    if softcap is not None:
+        raise ValueError(f'softcap={softcap}: flash attention squashes no scores, use attend_flex or attend_in_blocks')
     keys, *plan = batch.once('varlen', lambda: varlen_plan(batch.parts, query.device))
     out = varlen_attn(query.transpose(0, 1), key.transpose(0, 1)[keys], value.transpose(0, 1)[keys], *plan,
                       scale=scaling, window_size=(-1 if window is None else window - 1, 0), enable_gqa=True)

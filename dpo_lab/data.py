@@ -9,10 +9,8 @@ import csv
 import gzip
 import hashlib
 import html
-import importlib
 import json
 import re
-import sys
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
@@ -33,7 +31,7 @@ __all__ = ['Message', 'PARTS', 'TURN', 'ROLES', 'SPEAKERS', 'READS', 'TEST_ROWS'
            'Pairs', 'kept', 'build_pairs', 'spread', 'split_audit', 'data_fingerprint', 'overlap', 'audit_lines',
            'audit_table', 'histogram_svg', 'audit_html', 'ends_of', 'stop_ids', 'token_audit', 'token_lines', 'HHH',
            'HelpSteer3', 'rating', 'UltraFeedback', 'Tulu3', 'Arena', 'HelpSteer2', 'Toy', 'find_columns', 'Columns',
-           'builder_named', 'is_path', 'parse_spec', 'find_builder', 'load_pairs']
+           'builder_named', 'is_path', 'parse_spec', 'find_builder', 'with_test', 'load_pairs']
 
 # %% ../nbs/02_data.ipynb #d87992f1
 Message = dict[str, str]
@@ -793,13 +791,10 @@ def builder_named(
     spec: str,  # `module:Builder`
 ) -> type[DPODatasetBuilder]:   # the class
     "A builder of our own, imported from where we are."
-    module, _, name = spec.partition(':')
-    if '' not in sys.path and (here := str(Path.cwd())) not in sys.path: sys.path.append(here)
-    try: found = vars(imported := importlib.import_module(module)).get(name)
-    except ImportError as e: raise ValueError(f"dataset {spec!r}: cannot import {module!r}: {e}") from e
-    if found is None: raise ValueError(f"dataset {spec!r}: {module} has no {name}.{nearest(name, vars(imported))}")
+    from dpo_lab.losses import import_named     # here, not above: it brings torch
+    found = import_named(spec, 'dataset')
     if isinstance(found, type) and issubclass(found, DPODatasetBuilder): return found
-    raise ValueError(f"dataset {spec!r}: {name} is no subclass of DPODatasetBuilder")
+    raise ValueError(f"dataset {spec!r} is {found!r}: it must be a subclass of DPODatasetBuilder")
 
 # %% ../nbs/02_data.ipynb #8750745f
 def is_path(text: str) -> bool:
@@ -846,6 +841,18 @@ def find_builder(
     return kind(**where, **given)
 
 # %% ../nbs/02_data.ipynb #81e20d0d
+def with_test(
+    builder: DPODatasetBuilder,     # gives the pairs to train on
+    other: DPODatasetBuilder,       # gives those to test on: its test pairs, or all where it holds none out
+    name: str,                      # of the other, for the audit
+) -> Pairs:                         # train, test, audit
+    "Training pairs of one builder beside test pairs of another."
+    held = replace(other, test_fraction=0)() if isinstance(other, Columns) else other()
+    which, test, stats = ('test', held.test, held.audit.test) if held.test else ('all', held.train, held.audit.train)
+    pairs = replace(builder, test_fraction=0)()
+    audit = replace(pairs.audit, test=stats, split=f"{which} pairs of {name}", overlap=overlap(pairs.train, test))
+    return Pairs(pairs.train, test, audit)
+
 def load_pairs(
     dataset: str|DPODatasetBuilder='toy',   # a name, a path, a hub id, `module:Builder`, or a builder
     dataset_path: str|None=None,            # a local file or folder for a named builder
@@ -861,9 +868,4 @@ def load_pairs(
     if test_dataset is None: return builder()
     name, inside = parse_spec(test_dataset)
     if is_path(name) and not inside: return replace(builder, test_path=name)()
-    other = find_builder(test_dataset)
-    held = replace(other, test_fraction=0)() if isinstance(other, Columns) else other()
-    test, stats = (held.test, held.audit.test) if held.test else (held.train, held.audit.train)
-    pairs = replace(builder, test_fraction=0)()
-    audit = replace(pairs.audit, test=stats, split=f"test pairs of {test_dataset}", overlap=overlap(pairs.train, test))
-    return Pairs(pairs.train, test, audit)
+    return with_test(builder, find_builder(test_dataset), test_dataset)

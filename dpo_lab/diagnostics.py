@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['SIDES', 'QUANTILES', 'QUADRANTS', 'WATCHED', 'OF_A_STEP', 'pair_frame', 'as_logps', 'spread', 'quadrants',
            'pair_weights', 'saturation', 'counterfactual', 'suspects', 'pair_table', 'credit_map', 'side_credit',
-           'open_run', 'kl_table', 'point', 'RunFeed', 'event_text', 'thinned']
+           'open_run', 'point', 'RunFeed', 'event_text', 'thinned']
 
 # %% ../nbs/14_diagnostics.ipynb #077abd84
 import math
@@ -18,7 +18,7 @@ from torch import Tensor
 
 from .batches import PairRow, pack
 from .logprobs import token_logps
-from .losses import PairLogps, get_loss
+from .losses import COLUMNS, PairLogps, get_loss
 from .runs import Run, read_jsonl
 from .steering import Tail
 
@@ -51,7 +51,8 @@ def as_logps(
     def sides(name):
         return torch.stack([torch.tensor(frame[f'{side}_{name}'].to_numpy(dtype='float64')) for side in SIDES])
     policy, compared = sides('logps'), 'chosen_logratio' in frame
-    return PairLogps(policy, policy - sides('logratio') if compared else None, sides('length'))
+    columns: dict[str, Any] = {c: torch.tensor(frame[c].to_numpy(dtype='float64')) for c in COLUMNS if c in frame}
+    return PairLogps(policy, policy - sides('logratio') if compared else None, sides('length'), **columns)
 
 SIDES = ('chosen', 'rejected')
 
@@ -119,10 +120,13 @@ def counterfactual(
 ) -> dict[str, float]: # means over the pairs, and `saturation`
     "Loss, weights and rewards of recorded pairs under another beta or another loss."
     if not beta > 0: raise ValueError(f"beta is {beta}: it must be above 0")
-    logps = as_logps(frame)
-    weights = pair_weights(logps, beta, loss)
+    fn, logps = get_loss(loss), as_logps(frame)
+    if memory := ', '.join(fn.start()):
+        raise ValueError(f"loss {fn.name!r} remembers {memory} of earlier steps, and pair records do not keep that: "
+                         "fix it as a knob, as in bco_pair(delta=0)")
+    weights = pair_weights(logps, beta, fn)
     chosen, rejected = (beta*logps.logratios).mean(1).tolist() if logps.reference is not None else (math.nan,)*2
-    return {'beta': beta, 'loss': get_loss(loss)(logps, beta).mean().item(), 'weight': weights.mean().item(),
+    return {'beta': beta, 'loss': fn(logps, beta).mean().item(), 'weight': weights.mean().item(),
             'chosen_reward': chosen, 'rejected_reward': rejected, 'margin': chosen - rejected, **saturation(weights)}
 
 # %% ../nbs/14_diagnostics.ipynb #a76bdf1a
@@ -187,7 +191,7 @@ def open_run(
 ) -> dict: # model, tokenizer, pairs, and `train` and `test` rows with their reference
     "The policy of a finished run, and its rows."
     from dpo_lab.models import load_policy
-    from dpo_lab.train import Config, as_reference, join_reference, load_rows
+    from dpo_lab.train import Config, join_reference, load_rows
     import chz
     run = run if isinstance(run, Run) else Run(Path(run))
     if run.final is None: raise FileNotFoundError(f"{run.path} has no final/: let the run finish, "
@@ -201,19 +205,6 @@ def open_run(
     train, test, *_ = join_reference(c, base, (train, test), quiet)
     model, tokenizer = load_policy(str(run.final), c.dtype, c.device)
     return {'model': model, 'tokenizer': tokenizer, 'pairs': pairs, 'train': train, 'test': test}
-
-# %% ../nbs/14_diagnostics.ipynb #935ac278
-def kl_table(
-    source: Any,            # see `pair_frame`
-    split: str='test',      # 'train' or 'test'
-):
-    "KL of each step, in nats a completion and nats a token, for both sides."
-    frame = pair_frame(source, split)
-    sums = frame.groupby('step')[[f'{side}_{name}' for side in SIDES for name in ('kl', 'length')]].sum()
-    counts = frame.groupby('step').size()
-    columns = {side: sums[f'{side}_kl']/counts for side in SIDES}
-    return sums.assign(**columns, **{f'{side}_per_token': sums[f'{side}_kl']/sums[f'{side}_length']
-                                     for side in SIDES})[[*SIDES, *(f'{side}_per_token' for side in SIDES)]]
 
 # %% ../nbs/14_diagnostics.ipynb #fbea362f
 WATCHED = ('margin', 'chosen_reward', 'rejected_reward', 'accuracy', 'dpo_loss', 'loss', 'nll', 'kl', 'true_reward',

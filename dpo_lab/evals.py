@@ -68,7 +68,8 @@ def held_out(
     if not isinstance(dataset, str): return dataset
     pairs = load_pairs(dataset)
     if pairs.test: return pairs.test
-    raise ValueError(f"dataset {dataset!r} has no held-out pairs: name them, or pass a list of pairs")
+    raise ValueError(f"dataset {dataset!r} has no held-out pairs: name their file, as in "
+                     "pairs.jsonl(test_path=held_out.jsonl), or pass a list of pairs")
 
 def rows_of(
     subject: Subject,               # writes them

@@ -22,8 +22,8 @@ from torch import nn
 __all__ = ['DTYPES', 'TINY', 'CONVERT', 'find_dtype', 'find_device', 'find_source', 'load_weights', 'one_sentence',
            'gguf_arguments', 'load_tokenizer', 'check_fit', 'add_lora', 'start_from_adapter', 'reference_mode',
            'find_start', 'make_steady', 'save_memory', 'load_policy', 'tiny_model', 'named_weights',
-           'weights_fingerprint', 'describe_model', 'merged_weights', 'merge_lora', 'save_policy', 'draw',
-           'generate_ids', 'generate_texts', 'check_room', 'text_stop', 'continue_ids', 'own_settings']
+           'weights_fingerprint', 'describe_model', 'merged_weights', 'save_policy', 'draw', 'generate_ids',
+           'generate_texts', 'check_room', 'text_stop', 'continue_ids', 'own_settings']
 
 # %% ../nbs/03_models.ipynb #79d7213a
 DTYPES = dict(float32=torch.float32, bfloat16=torch.bfloat16)
@@ -342,13 +342,6 @@ def merged_weights(
         weights[f'{name}.weight'] = w + sum(layer.get_delta_weight(a).to(w.dtype) for a in layer.active_adapters)
     return weights
 
-def merge_lora(
-    model: Any,  # a policy with LoRA adapters; used up
-) -> Any:        # a plain model
-    "The model with its adapters folded in."
-    if not hasattr(model, 'peft_config'): raise ValueError("no adapters to fold in: the model is plain already")
-    return model.merge_and_unload(adapter_names=['default']).eval()
-
 # %% ../nbs/03_models.ipynb #9dea080d
 def save_policy(
     model: Any,          # a policy
@@ -405,9 +398,9 @@ def generate_ids(
     progress: Callable=iter,              # wraps the batches, for instance a progress bar
 ) -> list[list[int]]:                     # ids of each answer, up to and with what ended it
     "One continuation of each prompt."
-    if temperature < 0 or not 0 < top_p <= 1 or top_k < 0:
-        raise ValueError(f"temperature={temperature}, top_p={top_p}, top_k={top_k}: "
-                         "give at least 0, above 0 up to 1, and at least 0")
+    if temperature < 0: raise ValueError(f"temperature={temperature}: give 0 (greedy) or more")
+    if not 0 < top_p <= 1: raise ValueError(f"top_p={top_p}: give a share above 0 and up to 1, which keeps all tokens")
+    if top_k < 0: raise ValueError(f"top_k={top_k}: give a number of tokens, or 0, which keeps all")
     check_room(model, heads, max_new_tokens)
     seeds = [seed*1_000_003 + i for i in range(len(heads))] if isinstance(seed, int) else seed
     order, answers, training = sorted(range(len(heads)), key=lambda i: len(heads[i])), dict[int, list](), model.training

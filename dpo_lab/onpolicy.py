@@ -12,7 +12,6 @@ __all__ = ['QUESTION', 'PASSING', 'LONGEST_PAUSE', 'JUDGES', 'PAIRINGS', 'MAY_CH
 
 # %% ../nbs/12_onpolicy.ipynb #52e526c0
 import hashlib
-import importlib
 import itertools
 import json
 import math
@@ -92,12 +91,9 @@ def imported(
     spec: str,  # `module:function`, of a prompt and an answer
 ) -> Scores:
     "A judge of your own."
-    module, _, name = spec.partition(':')
-    if '' not in sys.path and (here := str(Path.cwd())) not in sys.path: sys.path.append(here)
-    try: found = vars(importlib.import_module(module)).get(name)
-    except ImportError as e: raise ValueError(f"judge {spec!r}: cannot import {module!r}: {e}") from e
-    if not callable(found): raise ValueError(f"judge {spec!r}: {module} has no function {name!r}")
-    return Scores(spec, found)
+    from dpo_lab.losses import import_named     # here, not above: it brings torch
+    if callable(found := import_named(spec, 'judge')): return Scores(spec, found)
+    raise ValueError(f"judge {spec!r} is {found!r}: it must be a function of a prompt and an answer")
 
 # %% ../nbs/12_onpolicy.ipynb #2fd4fd45
 QUESTION = """Which of two answers to the conversation below is better: more helpful, more correct and clearer?

@@ -160,7 +160,7 @@ class TokenView:
     control: list[bool]                      # is it a control token
     scored: list[bool]                       # does the loss see it
     turns: Sequence[int] = ()                # positions where a turn begins
-    values: Sequence[float] | None = None    # one number a token, such as a log-ratio
+    values: Sequence[float] | None = None    # one number a token, such as a logratio
 
     def cells(self) -> Iterator[tuple[int, str, float]]:
         "Position, visible text and strength in [-1, 1] of each token."
@@ -452,9 +452,10 @@ def scored_messages(
     if train_on_what == 'all_assistant_messages': start = 0
     else: start = prompt_end(messages) if num_prompt is None else num_prompt
     written = [i for i, m in enumerate(messages) if i >= start and m.get('role') == 'assistant']
-    if not messages or messages[-1].get('role') != 'assistant' or not written:
-        last = repr(messages[-1].get('role')) if messages else 'missing'
-        raise ValueError(f"nothing to score: the last message is {last}, not the assistant's after the prompt")
+    if not written or messages[-1].get('role') != 'assistant':
+        roles = ', '.join(str(m.get('role')) for m in messages[start:]) or 'nobody'
+        raise ValueError(f"nothing to score: after the prompt of {start} messages comes {roles}, and the last must be "
+                         "the assistant: end the conversation with its answer")
     return start, written[-1:] if train_on_what == 'last_assistant_message' else written
 
 # %% ../nbs/01_renderers.ipynb #74853b6a
@@ -513,7 +514,7 @@ def show_tokens(
     renderer: Renderer,                     # who wrote the ids
     ids: Sequence[int],                     # token ids
     scored: Sequence[bool] | None = None,   # which the loss sees
-    values: Sequence[float] | None = None,  # one number a token, such as a log-ratio
+    values: Sequence[float] | None = None,  # one number a token, such as a logratio
     turns: Sequence[int] = (),              # positions where a turn begins
 ) -> TokenView:                             # shows itself in a notebook and in a terminal
     "The coloured view of any token ids."

@@ -11,7 +11,6 @@ import json
 import math
 import sys
 from collections import Counter
-from collections.abc import Sequence
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any

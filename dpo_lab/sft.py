@@ -29,10 +29,10 @@ from dpo_lab.data import (
     is_path,
     load_pairs,
     messages_of,
-    overlap,
     parse_spec,
     spread,
     text_of,
+    with_test,
 )
 from .renderers import prompt_end
 from dpo_lab.train import (
@@ -120,13 +120,7 @@ def load_examples(
     builder = example_builder(dataset, **{k: v for k, v in asked.items() if v is not None})
     name, inside = parse_spec(test_dataset or '')       # a path alone is read as `dataset` is
     if test_dataset is None or is_path(name) and not inside: pairs = load_pairs(builder, test_dataset=test_dataset)
-    else:
-        other = example_builder(test_dataset)
-        held = replace(other, test_fraction=0)() if isinstance(other, Columns) else other()
-        test, stats = (held.test, held.audit.test) if held.test else (held.train, held.audit.train)
-        pairs = replace(builder, test_fraction=0)()
-        met = overlap(pairs.train, test)
-        pairs = Pairs(pairs.train, test, replace(pairs.audit, test=stats, split=f'rows of {test_dataset}', overlap=met))
+    else: pairs = with_test(builder, example_builder(test_dataset), test_dataset)
     return Pairs(chosen_only(pairs.train), chosen_only(pairs.test), pairs.audit)
 
 # %% ../nbs/10_sft.ipynb #6e51f2ca

@@ -6,7 +6,7 @@
 __all__ = ['RULES', 'CHOICES', 'DEFAULTS', 'TINY_DEFAULTS', 'CANNOT_CHANGE', 'OF_THIS_CALL', 'AUDITED', 'STEERABLE', 'TRY',
            'field', 'Config', 'check_ranges', 'config_table', 'resolve', 'settle_folder', 'resume_config', 'build_loss',
            'check_disk', 'as_reference', 'progress', 'find_renderer', 'row_limit', 'check_rows', 'load_rows',
-           'join_reference', 'model_line', 'sample_answers', 'toy_metrics', 'check_tracker', 'Board', 'open_tracker',
+           'join_reference', 'model_line', 'answer_records', 'toy_metrics', 'check_tracker', 'Board', 'open_tracker',
            'Tracker', 'interrupt_later', 'Experiment', 'DPORun', 'course', 'course_at', 'take_course', 'load_model',
            'load_optimizer', 'load_everything', 'live_reference', 'saved_config', 'check_same_start', 'continue_run',
            'move_reference', 'record_start', 'save_checkpoint', 'evaluate', 'held_out_prompts', 'sample', 'due',
@@ -288,6 +288,7 @@ def check_rows(
         raise ValueError(f"{len(train)} training {what} are fewer than one batch of {config.batch_size}: "
                          f"set batch_size={max(1, len(train))} or less")
     say(f'data       {config.dataset}: {len(train)} {what} to train on, {len(test)} held out')
+    if not test: say('           nothing is held out, so nothing is evaluated or answered: give test_dataset for that')
     for part, rows in (('train', train), ('test', test)):
         for event, count in rows.audit.items(): say(f'           {part}: {count} {event}')
 
@@ -345,7 +346,7 @@ def model_line(
             f"{f['dtype']} on {f['device']}")
 
 # %% ../nbs/09_train.ipynb #9d9bdbc0
-def sample_answers(
+def answer_records(
     model, tokenizer, renderer, # who speaks, and how
     prompts: list,              # message lists
     seed: int=0,                # of the sampling
@@ -670,7 +671,7 @@ def continue_run(
     facts: dict,    # what is true now
 ) -> int: # the step to go on from
     "Put the newest checkpoint back, or begin again where there is none."
-    from dpo_lab.training import load_training_state, moved_reference
+    from dpo_lab.training import load_training_state
     for what in ('reference', 'start'):
         if now := facts.get(f'{what}_fingerprint'):
             check_same_start(exp.path, exp.run.config[f'{what}_fingerprint'], now, what)
@@ -737,7 +738,7 @@ def held_out_prompts(
     "Prompts to answer."
     room = getattr(exp.model.config, 'max_position_embeddings', None) or sys.maxsize
     def fits(prompt): return len(exp.renderer.build_generation_prompt(prompt)) + max_new_tokens <= room
-    distinct = {json.dumps(p.prompt): p.prompt for p in (exp.pairs.test or exp.pairs.train)}.values()
+    distinct = {json.dumps(p.prompt): p.prompt for p in exp.pairs.test}.values()
     fitting = list(islice(filter(fits, distinct), n))
     return list(islice(cycle(fitting), n))
 
@@ -746,9 +747,10 @@ def sample(
     step: int,      # updates done
 ) -> dict: # `test/` metrics, in the toy world
     "Let the model answer held-out prompts."
+    if not exp.test_rows: return {}
     toy = exp.config.dataset == 'toy'
     prompts = held_out_prompts(exp, *((128, 32) if toy else (3, 64)))
-    answers = sample_answers(exp.model, exp.tokenizer, exp.renderer, prompts, exp.config.seed, 32 if toy else 64)
+    answers = answer_records(exp.model, exp.tokenizer, exp.renderer, prompts, exp.config.seed, 32 if toy else 64)
     exp.writer.samples([{'step': step} | answer for answer in answers])
     return {f'test/{k}': v for k, v in toy_metrics([a['answer'] for a in answers]).items()} if toy else {}
 
@@ -850,7 +852,7 @@ def follow(
     import time
     from rich.console import Group
     from rich.live import Live
-    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TimeRemainingColumn
     bar = Progress('training', BarColumn(), MofNCompleteColumn(), 'time left', TimeRemainingColumn(), console=console)
     task, shown = bar.add_task('training', total=experiment.total, completed=experiment.start), -math.inf
     seen: dict[str, float] = {}         # the newest held-out metrics stay on the screen

@@ -22,7 +22,7 @@ from torch import Tensor, nn
 
 from .batches import PairBatch, PairRow, Rows, num_steps, pack, rows_of_step, scored_lengths, sum_by_completion
 from .logprobs import completion_confidence, completion_kl, token_entropy, token_logps
-from .losses import PairLogps, detached, get_loss, preference_metrics, tail_logps
+from .losses import COLUMNS, PairLogps, detached, get_loss, preference_metrics, tail_logps
 from .reference import ReferenceColumn, compute_reference, reference_logps, sizes_of, with_reference
 
 # %% ../nbs/08_training.ipynb #4b35a41e
@@ -48,6 +48,7 @@ def pair_records(
     sides = {'logps': logps.policy, 'length': logps.lengths, 'kl': moved}
     if logps.reference is not None: sides['logratio'] = logps.logratios
     columns = {'pair': index, 'loss': losses}
+    columns |= {name: values for name in COLUMNS if (values := getattr(logps, name)) is not None}
     for name, (chosen, rejected) in sides.items(): columns |= {f'chosen_{name}': chosen, f'rejected_{name}': rejected}
     def rounded(values: Tensor) -> list: return [round(v, 6) if isinstance(v, float) else v for v in values.tolist()]
     lists = {name: rounded(values) for name, values in columns.items()}

@@ -297,7 +297,7 @@ MISTAKES = [    # what is asked, where a {} stands for a file that holds ..., an
     ('{}', text_of('r.txt', 'a'), r"cannot read rows from 'r.txt': its name must end in one of \.jsonl"),
     ('nowhere.at.all:Builder', None, "dataset 'nowhere.at.all:Builder': cannot import"),
     ('dpo_lab.data:DPODatasetBuildr', None, "Did you mean 'DPODatasetBuilder'"),
-    ('dpo_lab.data:load_pairs', None, 'no subclass of DPODatasetBuilder'),
+    ('dpo_lab.data:load_pairs', None, 'must be a subclass of DPODatasetBuilder'),
     ('dpo_lab.data:DPODatasetBuilder', None, 'has no data set on the hub: give dataset_path='),
     ('toy(strength_as=weight,dataset_path={})', TOY, 'row 0: Toy.row_to_pair fails with ValueError: weight is -1'),
     ('hhh(tie=keep)', None, "hhh has no field 'tie'. Did you mean 'ties'"),
@@ -367,6 +367,7 @@ def test_test_pairs_come_from_a_file_a_name_or_a_builder(tmp_path):
     assert pairs.test[0].id == 'test:0'
     mapped = load_pairs(train, test_dataset=f'{test}(prompt=prompt)')
     assert content(mapped) == content(pairs) and mapped.audit.test['kept'] == 12
+    assert mapped.audit.split == f'all pairs of {test}(prompt=prompt)'
     folder = tmp_path/'folder'
     folder.mkdir()
     write(folder/'train.jsonl', rows[:20]), write(folder/'test.jsonl', rows[20:])

@@ -1,5 +1,6 @@
 "Read-outs of pairs and tokens: identities with the losses, the records, and the models."
 import math
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -11,7 +12,7 @@ from dpo_lab.diagnostics import (as_logps, counterfactual, credit_map, pair_fram
 from dpo_lab.logprobs import pair_logps
 from dpo_lab.losses import LOSSES, PairLogps, get_loss
 from dpo_lab.models import tiny_model
-from dpo_lab.training import train_dpo
+from dpo_lab.training import evaluate_pairs, train_dpo
 
 
 def random_logps(n=40, seed=0):
@@ -61,6 +62,29 @@ def test_a_counterfactual_beta_is_the_loss_at_that_beta(steps):
     with pytest.raises(ValueError, match='above 0'): counterfactual(frame, -1)
 
 
+@pytest.mark.parametrize('loss, columns', [('sigmoid', ('soft_label',)), ('ipo', ('weight', 'soft_label')),
+                                           ('odpo', ('weight', 'offset')), ('sigmoid + 0.2*sft', ('offset',))])
+def test_the_columns_of_the_pairs_count_when_they_are_read_again(tiny_rows, loss, columns):
+    values = dict(weight=lambda i: 1. + i % 3, soft_label=lambda i: .5 + i % 10/20, offset=lambda i: .5 + i % 4/2)
+    rows = [replace(row, **{c: values[c](i) for c in columns}) for i, row in enumerate(tiny_rows[0])]
+    steps = list(train_dpo(tiny_model()[0], rows, beta=.3, loss=loss, learning_rate=2e-4, max_steps=3))
+    frame = pair_frame(steps, step=2)
+    assert counterfactual(frame, .3, loss)['loss'] == pytest.approx(steps[2]['dpo_loss'], abs=1e-5)
+    held = evaluate_pairs(tiny_model()[0], rows, beta=.3, loss=loss)
+    assert counterfactual(pair_frame([held]), .3, loss)['loss'] == pytest.approx(held['dpo_loss'], abs=1e-5)
+    with pytest.raises(ValueError, match=f'no room for the column {columns[0]!r}'): counterfactual(frame, .3, 'aot')
+
+
+def test_what_the_records_do_not_hold_is_not_made_up(steps):
+    frame = pair_frame(steps, step=2)
+    for loss in ('bco_pair', 'sigmoid + 0.1*beta_dpo'):
+        with pytest.raises(ValueError, match='of earlier steps, and pair records do not keep that'):
+            counterfactual(frame, .1, loss)
+    assert math.isfinite(counterfactual(frame, .1, 'bco_pair(delta=0)')['loss'])
+    for loss, field in dict(tdpo1='token_kl', soft_label='soft_label').items():
+        with pytest.raises(ValueError, match=f'needs {field!r}'): counterfactual(frame, .1, loss)
+
+
 def test_effective_pairs_count_equal_weights():
     assert saturation(torch.tensor([2., 2, 0, 0])) == dict(saturated=.5, effective_pairs=2., effective_share=.5)
     assert saturation(torch.zeros(3))['effective_pairs'] == 0
@@ -102,7 +126,6 @@ def test_credits_of_tokens_add_up_to_the_logratios_of_the_completions(tiny_rows)
 
 
 def test_rows_without_a_reference_have_no_credit(tiny_rows):
-    from dataclasses import replace
     model, tokenizer = tiny_model()
     with pytest.raises(ValueError, match='with_reference'):
         credit_map(model, tokenizer, [replace(tiny_rows[0][0], reference=None)])

@@ -456,14 +456,16 @@ def test_words_become_losses():
 @pytest.mark.parametrize(
     'spec, message',
     [
-        ('dpo', "choose one of|Choose one of"),
-        ('simppo', "did you mean 'simpo'"),
+        ('dpo', r"unknown loss 'dpo'\. .*Choose one of"),
+        ('zzz', r"unknown loss 'zzz'\. Choose one of"),
+        ('simppo', r"unknown loss 'simppo'\. Did you mean 'simpo'\? Choose one of"),
         ('sigmoid +', "cannot read"),
         ('', "cannot read"),
         ('sigmoid sft', "cannot read"),
         ('simpo(gamma)', "write knob=value"),
-        ('no_such_module:loss', "cannot be imported"),
-        ('math:no_such', "cannot be imported"),
+        ('no_such_module:loss', "loss 'no_such_module:loss': cannot import 'no_such_module'"),
+        ('math:sqtr', "loss 'math:sqtr': math has no 'sqtr'. Did you mean 'sqrt'"),
+        ('math:pi', r"loss 'math:pi' is 3\.14\d*: it must be a function"),
         ('simpo(beta=2)', "no knob 'beta'"),
     ],
 )
@@ -490,6 +492,15 @@ def test_a_users_function_is_a_loss(tmp_path, monkeypatch):
         lambda logps, beta=0.1: (beta * logps.delta) ** 2
     )
     same(own(x, 1.0, f_divergence='js'), (f_scores(x.logratios, 'js')[0] - f_scores(x.logratios, 'js')[1]) ** 2)
+
+
+def test_a_loss_takes_an_offset_only_if_it_says_that_it_reads_it():
+    with_offset = replace(random_pairs(4, extreme=False), offset=torch.ones(4))
+    deaf = preference_loss(r'\Delta', 'here')(lambda logps, beta=0.1: -beta * logps.delta)
+    with pytest.raises(ValueError, match="no room for the column 'offset'"):
+        deaf(with_offset)
+    hears = preference_loss(r'\Delta', 'here', uses=COLUMNS)(lambda logps, beta=0.1: logps.gap - beta * logps.delta)
+    same(hears(with_offset), 1 + hears(replace(with_offset, offset=None)))
 
 
 # ---- modifiers and metrics ----
@@ -793,6 +804,9 @@ def test_the_table_has_a_full_row_for_every_loss():
         ('ipo(ld_alpha=0.5, ld_side=reference)', "ld_side is 'reference'"),
         ('discopop(tau=0)', "tau is 0"),
         ('beta_dpo(keep=0)', "keep is 0"),
+        ('sigmoid(ld_alpha=half)', "loss 'sigmoid' cannot take ld_alpha='half'"),
+        ('0.5*hinge(f_divergence=alpha, f_alpha=x) + sft', "'hinge' cannot take f_divergence='alpha', f_alpha='x'"),
+        ('kto_pair(kl=far)', "loss 'kto_pair' cannot take kl='far'"),
     ],
 )
 def test_a_value_out_of_range_is_refused_before_there_are_pairs(spec, message):

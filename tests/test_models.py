@@ -12,7 +12,7 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
 from dpo_lab.models import (TINY, describe_model, draw, find_device, find_source, generate_texts, load_policy,
-                            merge_lora, named_weights, reference_mode, save_policy, tiny_model, weights_fingerprint)
+                            named_weights, reference_mode, save_policy, tiny_model, weights_fingerprint)
 from dpo_lab.renderers import get_renderer
 
 QUESTIONS = ('Review the film.', 'What did you think of the restaurant?', 'Hi',
@@ -230,11 +230,10 @@ def test_adapters_are_saved_as_adapters_or_folded_in_and_stay_as_they_were(tmp_p
     assert torch.allclose(logits(wrapped, tokenizer), before, atol=1e-5)
     assert torch.allclose(logits(merged, tokenizer), before, atol=1e-4)
     assert not list((tmp_path/'b').glob('adapter*'))
-    plain = merge_lora(model)
+    plain = model.merge_and_unload(adapter_names=['default'])
     assert named_weights(plain).keys() == named_weights(merged).keys()
     for name, weight in named_weights(merged).items():
         assert torch.allclose(weight, named_weights(plain)[name], atol=1e-6), name
-    with pytest.raises(ValueError, match='no adapters'): merge_lora(plain)
 
 def test_saving_replaces_a_folder_whole(tiny, tmp_path):
     (tmp_path/'m').mkdir()

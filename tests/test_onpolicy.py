@@ -194,7 +194,8 @@ def test_a_reward_model_judges(tmp_path):
 
 @pytest.mark.parametrize('spec, says', [
     ('longst', 'longest'),
-    ('json:nothing', 'no function'), ('no_such_module_here:f', 'cannot import'),
+    ('json:nothing', "judge 'json:nothing': json has no 'nothing'"), ('math:pi', 'must be a function of a prompt'),
+    ('no_such_module_here:f', 'cannot import'),
     ('lexicon', 'has no word'), ('lexicon(good=x)', "has good='x'"),
     ('endpoint(url=http://x)', 'model'), ('shortest(x=1)', 'x')])
 def test_a_judge_that_is_not_there_is_named(spec, says):

@@ -227,7 +227,7 @@ def test_a_tracker_is_finished_with_its_run_and_opened_again_if_that_goes_on(tmp
 MISTAKES = {
     'learning_rat=1e-5': "Did you mean 'learning_rate'",
     'dpo_beta=0': 'dpo_beta=0.0: must be above 0',
-    'loss=sigmoyd': "did you mean 'sigmoid'",
+    'loss=sigmoyd': "Did you mean 'sigmoid'",
     'loss=hinge label_smoothing=0.1': 'label_smoothing',
     'dataset=hhhh': "Did you mean 'hhh'",
     'renderer_name=role_colom': 'role_colon',
@@ -281,6 +281,27 @@ def test_the_installed_command_knows_its_commands(capsys):
     from dpo_lab.train import cli
     assert cli([]) == 0 and 'train' in capsys.readouterr().out
     assert cli(['trian']) == 2 and "Did you mean 'train'" in capsys.readouterr().err
+
+
+def test_the_installed_command_finds_a_loss_of_ones_own_where_one_is(tmp_path):
+    script = Path(sys.executable).with_name('dpo_lab')
+    if not script.exists(): pytest.skip('the command dpo_lab is not installed: pip install -e .')
+    (tmp_path/'mine.py').write_text('def square(logps, beta=.1): return (beta*logps.delta - 1)**2\n')
+    done = subprocess.run([script, 'train', 'loss=mine:square', 'log_path=run', 'max_steps=1', 'eval_every=0'],
+                          cwd=tmp_path, env=os.environ | {'PYTHONPATH': str(ROOT)}, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert Run(tmp_path/'run').metrics.dpo_loss[0] == pytest.approx(1)
+
+
+def test_without_held_out_pairs_nothing_is_evaluated_or_answered(tmp_path):
+    rows = [dict(prompt=f'{i}?', chosen='Yes.', rejected='No.') for i in range(8)]
+    (tmp_path/'pairs.jsonl').write_text(''.join(json.dumps(row) + '\n' for row in rows))
+    said = []
+    run = run_dpo(short(tmp_path/'run', dataset=f'{tmp_path}/pairs.jsonl(test_fraction=0)', batch_size=4, max_steps=2),
+                  said.append)
+    for _ in run: pass
+    assert any('nothing is held out' in str(line) for line in said)
+    assert not [name for name in run.run.metrics if name.startswith('test/')] and not len(run.run.samples)
 
 
 SMOLLM2 = os.environ.get('DPO_LAB_SMOLLM2')
