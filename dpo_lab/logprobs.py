@@ -7,9 +7,9 @@ __all__ = ['NOT_PACKED', 'HEAD_CHUNK', 'KEEP_BYTES', 'AFTER_HEAD', 'TOKEN_LOGPS'
            'padded_inputs', 'target_logps', 'padded_logits', 'padded_token_logps', 'shared_prompt_attention',
            'window_of', 'use_shared_prompt_attention', 'restore_attention', 'base_transformer', 'scored_head',
            'plain_head', 'packed_inputs', 'packed_token_logps', 'packed_fused_token_logps', 'packed_logits',
-           'packed_logits_token_logps', 'probe_rows', 'alone', 'refusal', 'probe', 'find_layout', 'steady_length',
-           'token_logps', 'pair_logps', 'scored_log_softmax', 'completion_confidence', 'completion_kl', 'token_entropy',
-           'product_error', 'use_exact_products', 'use_fitting_threads']
+           'packed_logits_token_logps', 'probe_rows', 'alone', 'refusal', 'first_right', 'probe', 'find_layout',
+           'steady_length', 'token_logps', 'pair_logps', 'scored_log_softmax', 'completion_confidence', 'completion_kl',
+           'token_entropy', 'product_error', 'use_exact_products', 'use_fitting_threads']
 
 # %% ../nbs/05_logprobs.ipynb #77fcdbeb
 import sys
@@ -25,7 +25,7 @@ from torch.nn import functional as F
 
 from .attention import ATTENTIONS, at_least_float32, find_attention
 from .batches import PairBatch, PairRow, collate, scored_lengths, sum_by_completion
-from .fused import fused_layers
+from .fused import fused_layers, makeup
 
 # %% ../nbs/05_logprobs.ipynb #5e3d8d8f
 def padded_inputs(
@@ -258,7 +258,7 @@ def packed_logits_token_logps(model: nn.Module, batch: PairBatch) -> Tensor:
 # %% ../nbs/05_logprobs.ipynb #dcea7eb3
 TOKEN_LOGPS = {'packed_fused': packed_fused_token_logps, 'packed': packed_token_logps,
                'packed_logits': packed_logits_token_logps, 'padded': padded_token_logps}    # fastest first
-LAYOUTS: WeakKeyDictionary = WeakKeyDictionary()    # transformers model -> name of the layout found for it
+LAYOUTS: WeakKeyDictionary = WeakKeyDictionary()    # transformers model -> its `makeup`, and the layout found for that
 TOLERANCE = {torch.float64: 1e-4, torch.float32: 2e-3, torch.bfloat16: .5, torch.float16: .1}  # nats a token
 
 def probe_rows(
@@ -289,39 +289,55 @@ def refusal(
     return 'transformers offers no choice of attention for it'
 
 # %% ../nbs/05_logprobs.ipynb #783c3b1c
+def first_right(
+    model: Any,         # a transformers model with packed attention in use
+    batch: PairBatch,   # packed pairs
+    plain: Tensor,      # `(S,)` nats, what they should get
+) -> tuple[str, str|None]: # a key of `TOKEN_LOGPS`, and if it is 'padded' the reason
+    "Fastest layout that gives these log-probs."
+    why = None
+    for name, logps in TOKEN_LOGPS.items():
+        if name == 'padded': break
+        try: error = (logps(model, batch) - plain).abs().max().item()
+        except (TypeError, ValueError, RuntimeError, AttributeError) as e: why = f'{type(e).__name__}: {e}'; continue
+        if error <= TOLERANCE[model.dtype]: return name, None
+        why = f'log-probs differ by {error:.2g} nats on a probe'
+    return 'padded', why
+
 def probe(
     model: Any, # a transformers model in evaluation mode
-) -> tuple[str, str|None]: # a key of `TOKEN_LOGPS`, and if it is 'padded' the reason
+) -> tuple[str, str|None]: # a key of `TOKEN_LOGPS`, and the reason if it is 'padded' or only 'blocks' is right
     "Fastest layout whose log-probs of a few pairs are those of plain rows; its attention is then in use."
     if why := refusal(model): return 'padded', why
     rows, device = probe_rows(model), next(model.parameters()).device
     plain = torch.cat([padded_token_logps(model, collate([row]).to(device)) for row in alone(rows)])
     batch = collate(rows).to(device)
-    use_shared_prompt_attention(model)
-    fast = {name: logps for name, logps in TOKEN_LOGPS.items() if name != 'padded'}
-    for name, logps in fast.items():
-        try: error = (logps(model, batch) - plain).abs().max().item()
-        except (TypeError, ValueError, RuntimeError, AttributeError) as e: why = f'{type(e).__name__}: {e}'; continue
-        if error <= TOLERANCE[model.dtype]: return name, None
-        why = f'log-probs differ by {error:.2g} nats on a probe'
-    restore_attention(model)
-    return 'padded', why
+    chosen = use_shared_prompt_attention(model)
+    layout, why = first_right(model, batch, plain)
+    if layout == 'padded' and use_shared_prompt_attention(model, 'blocks') != chosen:
+        layout, _ = first_right(model, batch, plain)
+    if layout == 'padded': restore_attention(model)
+    return layout, why
 
 @torch.no_grad()
 def find_layout(
     model: nn.Module, # a causal language model of transformers, or one wrapped by peft
 ) -> str: # a key of `TOKEN_LOGPS`
-    "Fastest layout whose numbers agree with plain padded rows, found once for each model object."
+    "Fastest layout whose numbers agree with plain padded rows, found once for each `makeup` of a model object."
     inner, was_training = base_transformer(model), model.training
-    if inner in LAYOUTS: return LAYOUTS[inner]
+    now = makeup(inner)
+    known, layout = LAYOUTS.get(inner, ((), ''))
+    if known == now: return layout
+    if known and known[:2] != now[:2]: restore_attention(inner)     # it was chosen for another device or dtype
     model.eval()                        # dropout would make any two layouts differ
     try:
-        with torch.autocast(next(model.parameters()).device.type, enabled=False): LAYOUTS[inner], why = probe(inner)
+        with torch.autocast(now[0].type, enabled=False): layout, why = probe(inner)
     finally: model.train(was_training)
+    LAYOUTS[inner] = now, layout
     if why:
-        warnings.warn(f'{type(inner).__name__} runs on plain padded rows, slower and with the same numbers: {why}',
-                      stacklevel=2)
-    return LAYOUTS[inner]
+        way = 'runs on plain padded rows' if layout == 'padded' else "attends in 'blocks'"
+        warnings.warn(f'{type(inner).__name__} {way}, slower and with the same numbers: {why}', stacklevel=2)
+    return layout
 
 # %% ../nbs/05_logprobs.ipynb #1d698dd3
 def steady_length(

@@ -133,6 +133,15 @@ def test_a_layer_that_somebody_changed_stays_as_it_is():
     assert model.model.norm.forward is mine
 
 
+def test_layers_that_come_later_are_found():
+    model = random_model('llama')
+    assert 'Linear' not in kinds(model)
+    adapted = add_lora(model, 4)
+    assert 'Linear' in kinds(model) and fusible(model) is fusible(model)
+    adapted.unload()
+    assert 'Linear' not in kinds(model)
+
+
 def test_checkpointed_layers_are_not_fused():
     model, batch = random_model('llama'), collate(random_rows(6))
     _, plain = gradients(model, batch, 'packed_fused')
