@@ -320,6 +320,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                   'dpo_lab.logprobs._ScoredHead.backward': ('logprobs.html#_scoredhead.backward', 'dpo_lab/logprobs.py'),
                                   'dpo_lab.logprobs._ScoredHead.forward': ('logprobs.html#_scoredhead.forward', 'dpo_lab/logprobs.py'),
                                   'dpo_lab.logprobs._came_with': ('logprobs.html#_came_with', 'dpo_lab/logprobs.py'),
+                                  'dpo_lab.logprobs._head': ('logprobs.html#_head', 'dpo_lab/logprobs.py'),
                                   'dpo_lab.logprobs._original_attention': ('logprobs.html#_original_attention', 'dpo_lab/logprobs.py'),
                                   'dpo_lab.logprobs._plus': ('logprobs.html#_plus', 'dpo_lab/logprobs.py'),
                                   'dpo_lab.logprobs.alone': ('logprobs.html#alone', 'dpo_lab/logprobs.py'),

@@ -32,19 +32,15 @@ def padded_inputs(
     batch: PairBatch, # B packed pairs
 ) -> tuple[Tensor, Tensor, Tensor]: # ids and mask, both `(2B, L)`; `(S,)` where in 2B*L each scored token is predicted
     "Unroll packed pairs into two right-padded rows each."
-    rows, places, start = [], torch.empty_like(batch.predictors), 0
-    length = max(p + max(c, r) for p, c, r in batch.parts)
-    for b, (p, c, r) in enumerate(batch.parts):
-        prompt, chosen, rejected = batch.input_ids[start:start+p+c+r].split([p, c, r])
-        rows += [torch.cat([prompt, chosen]), torch.cat([prompt, rejected])]
-        for side in (0, 1):
-            mine = (batch.pairs == b) & (batch.sides == side)
-            local = batch.predictors[mine] - start
-            places[mine] = (2*b + side)*length + torch.where(local >= p, local - side*c, local)
-        start += p + c + r
-    ids = nn.utils.rnn.pad_sequence([F.pad(row, (0, length - len(row))) for row in rows], batch_first=True)
-    sizes = torch.tensor([len(row) for row in rows], device=ids.device)
-    return ids, (torch.arange(length, device=ids.device) < sizes[:, None]).long(), places
+    pieces, device = iter(batch.input_ids.split([n for part in batch.parts for n in part])), batch.input_ids.device
+    rows = [torch.cat([prompt, side]) for prompt, *sides in zip(pieces, pieces, pieces) for side in sides]
+    ids = nn.utils.rnn.pad_sequence(rows, batch_first=True)
+    sizes, parts = torch.tensor([len(row) for row in rows], device=device), torch.tensor(batch.parts, device=device)
+    ends, (prompt, chosen, _) = parts.sum(1).cumsum(0), parts[batch.pairs].T
+    local = batch.predictors - (ends - parts.sum(1))[batch.pairs]       # place within its pair
+    places = torch.where(local >= prompt, local - batch.sides*chosen, local)
+    places += (2*batch.pairs + batch.sides)*ids.shape[1]
+    return ids, (torch.arange(ids.shape[1], device=device) < sizes[:, None]).long(), places
 
 # %% ../nbs/05_logprobs.ipynb #3497b008
 def target_logps(
@@ -158,15 +154,26 @@ def base_transformer(
     return model.get_base_model() if hasattr(model, 'get_base_model') else model
 
 # %% ../nbs/05_logprobs.ipynb #c86bb666
+_SUMS_IN_FLOAT32 = bool(torch.version.cuda) and hasattr(torch.ops.aten.mm, 'dtype')    # from 16-bit factors
+
+def _head(hidden: Tensor, weight: Tensor, bias: Tensor|None) -> Callable[[Tensor], Tensor]:
+    "From some of the hidden states to their float32 logits."
+    b = None if bias is None else bias.float()
+    if _SUMS_IN_FLOAT32 and weight.is_cuda and hidden.dtype == weight.dtype != torch.float32:
+        def short(h): return torch.mm(h, weight.T, out_dtype=torch.float32)
+        return short if b is None else lambda h: short(h).add_(b)
+    W = weight.float()
+    return lambda h: F.linear(h.float(), W, b)
+
 class _ScoredHead(torch.autograd.Function):
     "Log-probs of targets from hidden states, chunk by chunk, with their closed-form gradient."
     @staticmethod
     def forward(ctx, hidden, weight, bias, targets, chunk, keep_bytes):
-        W, b = weight.float(), None if bias is None else bias.float()
+        head = _head(hidden, weight, bias)
         keep = 4 * len(hidden) * len(weight) <= keep_bytes and any(ctx.needs_input_grad)
         logps, tops, totals, kept = [], [], [], []
         for h, t in zip(hidden.split(chunk), targets[:, None].split(chunk)):
-            logits = F.linear(h.float(), W, b)
+            logits = head(h)
             tops.append(logits.amax(-1, keepdim=True))
             hit = logits.gather(1, t) - tops[-1]
             odds = logits.sub_(tops[-1]).exp_()
@@ -181,11 +188,11 @@ class _ScoredHead(torch.autograd.Function):
     def backward(ctx, grad):
         hidden, weight, bias, targets, tops, totals = ctx.saved_tensors
         low = weight if weight.dtype == torch.bfloat16 else weight.float()      # what the two products back run in
-        if not ctx.kept: W, b = weight.float(), None if bias is None else bias.float()
+        head = None if ctx.kept else _head(hidden, weight, bias)
         grad_h, grad_W, grad_b = [], None, None
         columns = hidden, targets[:, None], -grad[:, None]/totals, tops, totals
         for i, (h, t, scale, top, total) in enumerate(zip(*(x.split(ctx.chunk) for x in columns))):
-            odds = ctx.kept[i] if ctx.kept else F.linear(h.float(), W, b).sub_(top).exp_()
+            odds = head(h).sub_(top).exp_() if head else ctx.kept[i]
             hit = odds.gather(1, t)
             odds.scatter_(1, t, hit - total)                        # total * (p - 1[v = y])
             d = odds.to(low.dtype)
@@ -211,7 +218,7 @@ def scored_head(
 ) -> Tensor: # `(S,)` nats, float32
     "Log-probs of the scored tokens."
     if hidden.dtype == torch.float64: return target_logps(F.linear(hidden, weight, bias), targets)
-    return _ScoredHead.apply(hidden, weight, bias, targets, chunk, keep_bytes)
+    return _ScoredHead.apply(hidden, weight, bias, targets, chunk, keep_bytes if torch.is_grad_enabled() else 0)
 
 # %% ../nbs/05_logprobs.ipynb #e36a1482
 AFTER_HEAD = 'final_logit_softcapping', 'logit_scale', 'logits_scaling', 'lm_head_multiplier', 'output_multiplier'

@@ -4,13 +4,14 @@ import warnings
 import pytest
 import torch
 from conftest import random_model, random_rows, shared
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import dpo_lab.logprobs as L
 from dpo_lab.attention import ATTENTIONS, BLOCK
 from dpo_lab.batches import PairRow, collate, encode_pairs, pack
 from dpo_lab.data import load_pairs
 from dpo_lab.logprobs import (AFTER_HEAD, LAYOUTS, at_least_float32, completion_confidence, completion_kl, find_layout,
-                              padded_logits, padded_token_logps, pair_logps, probe, restore_attention,
+                              padded_inputs, padded_logits, padded_token_logps, pair_logps, probe, restore_attention,
                               scored_log_softmax, shared_prompt_attention, token_entropy, token_logps)
 from dpo_lab.models import add_lora
 from dpo_lab.renderers import get_renderer
@@ -127,6 +128,21 @@ def test_a_wrong_attention_is_caught_by_the_probe(monkeypatch):
     monkeypatch.setattr(A, 'tree_mask', rejected_sees_chosen)
     model = random_model('llama')
     with pytest.warns(UserWarning, match='log-probs differ by'): assert find_layout(model) == 'padded'
+
+
+def test_padded_inputs_are_the_rows_and_each_place_predicts_its_token():
+    rows = random_rows(12)
+    batch, bools = collate(rows), []
+    class Masks(TorchDispatchMode):
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            if func.overloadpacket.__name__ in ('index', 'index_put_', 'nonzero'): bools.append(args)
+            return func(*args, **kwargs or {})
+    with Masks(): ids, mask, places = padded_inputs(batch)
+    sides = [row.prompt + side for row in rows for side in (row.chosen, row.rejected)]
+    assert [row[:n].tolist() for row, n in zip(ids, mask.sum(1))] == sides and ids.shape[1] == max(map(len, sides))
+    assert torch.equal(ids.flatten()[places + 1], batch.targets)
+    assert torch.equal(places // ids.shape[1], 2*batch.pairs + batch.sides)
+    assert len(bools) <= 2                      # not some for each pair: a GPU would be waited for at every one
 
 
 @torch.no_grad()
