@@ -106,18 +106,19 @@ def attention_plan(
     "Groups of pairs, where their tokens are, and who sees whom."
     lengths, area = [sum(part) for part in parts], GROUP_AREA.get(torch.device(device).type, GROUP_AREA['cuda'])
     starts, places, hidden = [0, *accumulate(lengths)], [], []
+    def moved(x): return x.to(device, non_blocking=torch.device(device).type == 'cuda')     # waits for no GPU
     for group in groups_of(lengths, area):
         L = lengths[group[-1]]
         here = [F.pad(torch.arange(starts[b], starts[b+1])*heads, (0, L - lengths[b]), value=-heads) for b in group]
         places += [torch.cat(here) + head for head in range(heads)]
         seen = torch.eye(L, dtype=torch.bool).repeat(len(group), 1, 1)          # a place that pads sees itself
         for mask, b in zip(seen, group): mask[:lengths[b], :lengths[b]] = tree_mask(*parts[b], window=window)
-        hidden.append(~seen[:, None, None].to(device))
+        hidden.append(moved(~seen[:, None, None]))
     flat = torch.cat(places)
     used = (flat >= 0).nonzero().squeeze(1)
     back = torch.empty(heads*sum(lengths), dtype=torch.long).index_copy_(0, flat[used], used)
-    padding = None if len(used) == len(flat) else (flat < 0)[:, None].to(device)
-    return AttentionPlan(flat.clamp(min=0).to(device), back.to(device), hidden, padding, heads)
+    padding = None if len(used) == len(flat) else moved((flat < 0)[:, None])
+    return AttentionPlan(moved(flat.clamp(min=0)), moved(back), hidden, padding, heads)
 
 # %% ../nbs/04c_attention.ipynb #b440ddc9
 def at_least_float32(x: Tensor) -> Tensor:

@@ -7,9 +7,9 @@ __all__ = ['NOT_PACKED', 'HEAD_CHUNK', 'KEEP_BYTES', 'AFTER_HEAD', 'TOKEN_LOGPS'
            'padded_inputs', 'target_logps', 'padded_logits', 'padded_token_logps', 'shared_prompt_attention',
            'window_of', 'use_shared_prompt_attention', 'restore_attention', 'base_transformer', 'scored_head',
            'plain_head', 'packed_inputs', 'packed_token_logps', 'packed_fused_token_logps', 'packed_logits',
-           'packed_logits_token_logps', 'probe_rows', 'alone', 'refusal', 'probe', 'find_layout', 'steady_length',
-           'token_logps', 'pair_logps', 'scored_log_softmax', 'completion_confidence', 'completion_kl', 'token_entropy',
-           'product_error', 'use_exact_products', 'use_fitting_threads']
+           'packed_logits_token_logps', 'probe_rows', 'alone', 'refusal', 'first_right', 'probe', 'find_layout',
+           'steady_length', 'token_logps', 'pair_logps', 'scored_log_softmax', 'completion_confidence', 'completion_kl',
+           'token_entropy', 'product_error', 'use_exact_products', 'use_fitting_threads']
 
 # %% ../nbs/05_logprobs.ipynb #77fcdbeb
 import sys
@@ -25,26 +25,22 @@ from torch.nn import functional as F
 
 from .attention import ATTENTIONS, at_least_float32, find_attention
 from .batches import PairBatch, PairRow, collate, scored_lengths, sum_by_completion
-from .fused import fused_layers
+from .fused import fused_layers, makeup
 
 # %% ../nbs/05_logprobs.ipynb #5e3d8d8f
 def padded_inputs(
     batch: PairBatch, # B packed pairs
 ) -> tuple[Tensor, Tensor, Tensor]: # ids and mask, both `(2B, L)`; `(S,)` where in 2B*L each scored token is predicted
     "Unroll packed pairs into two right-padded rows each."
-    rows, places, start = [], torch.empty_like(batch.predictors), 0
-    length = max(p + max(c, r) for p, c, r in batch.parts)
-    for b, (p, c, r) in enumerate(batch.parts):
-        prompt, chosen, rejected = batch.input_ids[start:start+p+c+r].split([p, c, r])
-        rows += [torch.cat([prompt, chosen]), torch.cat([prompt, rejected])]
-        for side in (0, 1):
-            mine = (batch.pairs == b) & (batch.sides == side)
-            local = batch.predictors[mine] - start
-            places[mine] = (2*b + side)*length + torch.where(local >= p, local - side*c, local)
-        start += p + c + r
-    ids = nn.utils.rnn.pad_sequence([F.pad(row, (0, length - len(row))) for row in rows], batch_first=True)
-    sizes = torch.tensor([len(row) for row in rows], device=ids.device)
-    return ids, (torch.arange(length, device=ids.device) < sizes[:, None]).long(), places
+    pieces, device = iter(batch.input_ids.split([n for part in batch.parts for n in part])), batch.input_ids.device
+    rows = [torch.cat([prompt, side]) for prompt, *sides in zip(pieces, pieces, pieces) for side in sides]
+    ids = nn.utils.rnn.pad_sequence(rows, batch_first=True)
+    sizes, parts = torch.tensor([len(row) for row in rows], device=device), torch.tensor(batch.parts, device=device)
+    ends, (prompt, chosen, _) = parts.sum(1).cumsum(0), parts[batch.pairs].T
+    local = batch.predictors - (ends - parts.sum(1))[batch.pairs]       # place within its pair
+    places = torch.where(local >= prompt, local - batch.sides*chosen, local)
+    places += (2*batch.pairs + batch.sides)*ids.shape[1]
+    return ids, (torch.arange(ids.shape[1], device=device) < sizes[:, None]).long(), places
 
 # %% ../nbs/05_logprobs.ipynb #3497b008
 def target_logps(
@@ -158,15 +154,26 @@ def base_transformer(
     return model.get_base_model() if hasattr(model, 'get_base_model') else model
 
 # %% ../nbs/05_logprobs.ipynb #c86bb666
+_SUMS_IN_FLOAT32 = bool(torch.version.cuda) and hasattr(torch.ops.aten.mm, 'dtype')    # from 16-bit factors
+
+def _head(hidden: Tensor, weight: Tensor, bias: Tensor|None) -> Callable[[Tensor], Tensor]:
+    "From some of the hidden states to their float32 logits."
+    b = None if bias is None else bias.float()
+    if _SUMS_IN_FLOAT32 and weight.is_cuda and hidden.dtype == weight.dtype != torch.float32:
+        def short(h): return torch.mm(h, weight.T, out_dtype=torch.float32)
+        return short if b is None else lambda h: short(h).add_(b)
+    W = weight.float()
+    return lambda h: F.linear(h.float(), W, b)
+
 class _ScoredHead(torch.autograd.Function):
     "Log-probs of targets from hidden states, chunk by chunk, with their closed-form gradient."
     @staticmethod
     def forward(ctx, hidden, weight, bias, targets, chunk, keep_bytes):
-        W, b = weight.float(), None if bias is None else bias.float()
+        head = _head(hidden, weight, bias)
         keep = 4 * len(hidden) * len(weight) <= keep_bytes and any(ctx.needs_input_grad)
         logps, tops, totals, kept = [], [], [], []
         for h, t in zip(hidden.split(chunk), targets[:, None].split(chunk)):
-            logits = F.linear(h.float(), W, b)
+            logits = head(h)
             tops.append(logits.amax(-1, keepdim=True))
             hit = logits.gather(1, t) - tops[-1]
             odds = logits.sub_(tops[-1]).exp_()
@@ -181,11 +188,11 @@ class _ScoredHead(torch.autograd.Function):
     def backward(ctx, grad):
         hidden, weight, bias, targets, tops, totals = ctx.saved_tensors
         low = weight if weight.dtype == torch.bfloat16 else weight.float()      # what the two products back run in
-        if not ctx.kept: W, b = weight.float(), None if bias is None else bias.float()
+        head = None if ctx.kept else _head(hidden, weight, bias)
         grad_h, grad_W, grad_b = [], None, None
         columns = hidden, targets[:, None], -grad[:, None]/totals, tops, totals
         for i, (h, t, scale, top, total) in enumerate(zip(*(x.split(ctx.chunk) for x in columns))):
-            odds = ctx.kept[i] if ctx.kept else F.linear(h.float(), W, b).sub_(top).exp_()
+            odds = head(h).sub_(top).exp_() if head else ctx.kept[i]
             hit = odds.gather(1, t)
             odds.scatter_(1, t, hit - total)                        # total * (p - 1[v = y])
             d = odds.to(low.dtype)
@@ -211,7 +218,7 @@ def scored_head(
 ) -> Tensor: # `(S,)` nats, float32
     "Log-probs of the scored tokens."
     if hidden.dtype == torch.float64: return target_logps(F.linear(hidden, weight, bias), targets)
-    return _ScoredHead.apply(hidden, weight, bias, targets, chunk, keep_bytes)
+    return _ScoredHead.apply(hidden, weight, bias, targets, chunk, keep_bytes if torch.is_grad_enabled() else 0)
 
 # %% ../nbs/05_logprobs.ipynb #e36a1482
 AFTER_HEAD = 'final_logit_softcapping', 'logit_scale', 'logits_scaling', 'lm_head_multiplier', 'output_multiplier'
@@ -258,7 +265,7 @@ def packed_logits_token_logps(model: nn.Module, batch: PairBatch) -> Tensor:
 # %% ../nbs/05_logprobs.ipynb #dcea7eb3
 TOKEN_LOGPS = {'packed_fused': packed_fused_token_logps, 'packed': packed_token_logps,
                'packed_logits': packed_logits_token_logps, 'padded': padded_token_logps}    # fastest first
-LAYOUTS: WeakKeyDictionary = WeakKeyDictionary()    # transformers model -> name of the layout found for it
+LAYOUTS: WeakKeyDictionary = WeakKeyDictionary()    # transformers model -> its `makeup`, and the layout found for that
 TOLERANCE = {torch.float64: 1e-4, torch.float32: 2e-3, torch.bfloat16: .5, torch.float16: .1}  # nats a token
 
 def probe_rows(
@@ -289,39 +296,55 @@ def refusal(
     return 'transformers offers no choice of attention for it'
 
 # %% ../nbs/05_logprobs.ipynb #783c3b1c
+def first_right(
+    model: Any,         # a transformers model with packed attention in use
+    batch: PairBatch,   # packed pairs
+    plain: Tensor,      # `(S,)` nats, what they should get
+) -> tuple[str, str|None]: # a key of `TOKEN_LOGPS`, and if it is 'padded' the reason
+    "Fastest layout that gives these log-probs."
+    why = None
+    for name, logps in TOKEN_LOGPS.items():
+        if name == 'padded': break
+        try: error = (logps(model, batch) - plain).abs().max().item()
+        except (TypeError, ValueError, RuntimeError, AttributeError) as e: why = f'{type(e).__name__}: {e}'; continue
+        if error <= TOLERANCE[model.dtype]: return name, None
+        why = f'log-probs differ by {error:.2g} nats on a probe'
+    return 'padded', why
+
 def probe(
     model: Any, # a transformers model in evaluation mode
-) -> tuple[str, str|None]: # a key of `TOKEN_LOGPS`, and if it is 'padded' the reason
+) -> tuple[str, str|None]: # a key of `TOKEN_LOGPS`, and the reason if it is 'padded' or only 'blocks' is right
     "Fastest layout whose log-probs of a few pairs are those of plain rows; its attention is then in use."
     if why := refusal(model): return 'padded', why
     rows, device = probe_rows(model), next(model.parameters()).device
     plain = torch.cat([padded_token_logps(model, collate([row]).to(device)) for row in alone(rows)])
     batch = collate(rows).to(device)
-    use_shared_prompt_attention(model)
-    fast = {name: logps for name, logps in TOKEN_LOGPS.items() if name != 'padded'}
-    for name, logps in fast.items():
-        try: error = (logps(model, batch) - plain).abs().max().item()
-        except (TypeError, ValueError, RuntimeError, AttributeError) as e: why = f'{type(e).__name__}: {e}'; continue
-        if error <= TOLERANCE[model.dtype]: return name, None
-        why = f'log-probs differ by {error:.2g} nats on a probe'
-    restore_attention(model)
-    return 'padded', why
+    chosen = use_shared_prompt_attention(model)
+    layout, why = first_right(model, batch, plain)
+    if layout == 'padded' and use_shared_prompt_attention(model, 'blocks') != chosen:
+        layout, _ = first_right(model, batch, plain)
+    if layout == 'padded': restore_attention(model)
+    return layout, why
 
 @torch.no_grad()
 def find_layout(
     model: nn.Module, # a causal language model of transformers, or one wrapped by peft
 ) -> str: # a key of `TOKEN_LOGPS`
-    "Fastest layout whose numbers agree with plain padded rows, found once for each model object."
+    "Fastest layout whose numbers agree with plain padded rows, found once for each `makeup` of a model object."
     inner, was_training = base_transformer(model), model.training
-    if inner in LAYOUTS: return LAYOUTS[inner]
+    now = makeup(inner)
+    known, layout = LAYOUTS.get(inner, ((), ''))
+    if known == now: return layout
+    if known and known[:2] != now[:2]: restore_attention(inner)     # it was chosen for another device or dtype
     model.eval()                        # dropout would make any two layouts differ
     try:
-        with torch.autocast(next(model.parameters()).device.type, enabled=False): LAYOUTS[inner], why = probe(inner)
+        with torch.autocast(now[0].type, enabled=False): layout, why = probe(inner)
     finally: model.train(was_training)
+    LAYOUTS[inner] = now, layout
     if why:
-        warnings.warn(f'{type(inner).__name__} runs on plain padded rows, slower and with the same numbers: {why}',
-                      stacklevel=2)
-    return LAYOUTS[inner]
+        way = 'runs on plain padded rows' if layout == 'padded' else "attends in 'blocks'"
+        warnings.warn(f'{type(inner).__name__} {way}, slower and with the same numbers: {why}', stacklevel=2)
+    return layout
 
 # %% ../nbs/05_logprobs.ipynb #1d698dd3
 def steady_length(

@@ -1,8 +1,11 @@
 "Fused layers against the model's own, across architectures, dtypes and adapters."
+import weakref
+
 import pytest
 import torch
 from conftest import random_model, random_rows
 from torch.nn import functional as F
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from dpo_lab.batches import collate
 from dpo_lab.fused import fused_layers, fusible
@@ -133,6 +136,15 @@ def test_a_layer_that_somebody_changed_stays_as_it_is():
     assert model.model.norm.forward is mine
 
 
+def test_layers_that_come_later_are_found():
+    model = random_model('llama')
+    assert 'Linear' not in kinds(model)
+    adapted = add_lora(model, 4)
+    assert 'Linear' in kinds(model) and fusible(model) is fusible(model)
+    adapted.unload()
+    assert 'Linear' not in kinds(model)
+
+
 def test_checkpointed_layers_are_not_fused():
     model, batch = random_model('llama'), collate(random_rows(6))
     _, plain = gradients(model, batch, 'packed_fused')
@@ -141,12 +153,16 @@ def test_checkpointed_layers_are_not_fused():
     assert torch.allclose(again, plain, atol=1e-5)
 
 
+ON_A_GPU = pytest.param('cuda', marks=pytest.mark.skipif(not torch.cuda.is_available(), reason='needs a CUDA GPU'))
+
+@pytest.mark.parametrize('device', ['cpu', ON_A_GPU])
 @pytest.mark.parametrize('keep_bytes', [0, 10**9])
-@pytest.mark.parametrize('dtype, tolerance', [(torch.float32, 1e-6), (torch.bfloat16, 1e-2)])
-def test_the_gradient_of_the_scored_head(dtype, tolerance, keep_bytes):
+@pytest.mark.parametrize('dtype, tolerance', [(torch.float32, 1e-6), (torch.bfloat16, 1e-2), (torch.float16, 1e-3)])
+def test_the_gradient_of_the_scored_head(dtype, tolerance, keep_bytes, device):
     g = torch.Generator().manual_seed(0)
-    h, W, b = (torch.randn(*shape, generator=g).to(dtype).requires_grad_() for shape in ((50, 16), (300, 16), (300,)))
-    targets, weights = torch.randint(300, (50,), generator=g), torch.randn(50, generator=g)
+    def draw(*shape): return torch.randn(*shape, generator=g).to(device, dtype).requires_grad_()
+    h, W, b = draw(50, 16), draw(300, 16), draw(300)
+    targets, weights = torch.randint(300, (50,), generator=g).to(device), torch.randn(50, generator=g).to(device)
     sure = h.detach()[:10] @ W.detach().T                     # tokens the model is sure of: 1 - p must not cancel
     targets[:10] = sure.argmax(-1)
     exact = [x.detach().double().requires_grad_() for x in (h, W, b)]
@@ -158,3 +174,20 @@ def test_the_gradient_of_the_scored_head(dtype, tolerance, keep_bytes):
     for _ in range(2):                                        # a graph may be walked twice
         for got, expected in zip(torch.autograd.grad(loss, [h, W, b], retain_graph=True), want_grads):
             assert (got.double() - expected).norm() < tolerance * expected.norm()
+
+
+class Rows(TorchDispatchMode):
+    "How many matrices that had their largest entries taken were there at once."
+    def __init__(self): super().__init__(); self.seen, self.most = [], 0
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        if func.overloadpacket.__name__ == 'amax':
+            self.seen.append(weakref.ref(args[0]))
+            self.most = max(self.most, sum(seen() is not None for seen in self.seen))
+        return func(*args, **kwargs or {})
+
+
+def test_without_gradients_the_scored_head_keeps_one_chunk_at_a_time():
+    h, W, targets = torch.randn(50, 16), torch.randn(300, 16, requires_grad=True), torch.randint(300, (50,))
+    with Rows() as kept: scored_head(h, W, targets, chunk=5)
+    with torch.no_grad(), Rows() as not_kept: scored_head(h, W, targets, chunk=5)
+    assert kept.most == 10 and not_kept.most <= 2

@@ -4,13 +4,16 @@ import warnings
 import pytest
 import torch
 from conftest import random_model, random_rows, shared
+from torch.utils._python_dispatch import TorchDispatchMode
 
-from dpo_lab.attention import BLOCK
+import dpo_lab.logprobs as L
+from dpo_lab.attention import ATTENTIONS, BLOCK
 from dpo_lab.batches import PairRow, collate, encode_pairs, pack
 from dpo_lab.data import load_pairs
 from dpo_lab.logprobs import (AFTER_HEAD, LAYOUTS, at_least_float32, completion_confidence, completion_kl, find_layout,
-                              padded_logits, padded_token_logps, pair_logps, restore_attention,
+                              padded_inputs, padded_logits, padded_token_logps, pair_logps, probe, restore_attention,
                               scored_log_softmax, shared_prompt_attention, token_entropy, token_logps)
+from dpo_lab.models import add_lora
 from dpo_lab.renderers import get_renderer
 
 PACKED = ['llama', 'qwen2', 'qwen3', 'mistral', 'gemma2', 'gemma3', 'phi', 'olmo2', 'smollm3', 'gpt2', 'gpt_neox']
@@ -127,6 +130,21 @@ def test_a_wrong_attention_is_caught_by_the_probe(monkeypatch):
     with pytest.warns(UserWarning, match='log-probs differ by'): assert find_layout(model) == 'padded'
 
 
+def test_padded_inputs_are_the_rows_and_each_place_predicts_its_token():
+    rows = random_rows(12)
+    batch, bools = collate(rows), []
+    class Masks(TorchDispatchMode):
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            if func.overloadpacket.__name__ in ('index', 'index_put_', 'nonzero'): bools.append(args)
+            return func(*args, **kwargs or {})
+    with Masks(): ids, mask, places = padded_inputs(batch)
+    sides = [row.prompt + side for row in rows for side in (row.chosen, row.rejected)]
+    assert [row[:n].tolist() for row, n in zip(ids, mask.sum(1))] == sides and ids.shape[1] == max(map(len, sides))
+    assert torch.equal(ids.flatten()[places + 1], batch.targets)
+    assert torch.equal(places // ids.shape[1], 2*batch.pairs + batch.sides)
+    assert len(bools) <= 2                      # not some for each pair: a GPU would be waited for at every one
+
+
 @torch.no_grad()
 def test_an_adapter_on_the_head_takes_part():
     from peft import LoraConfig, get_peft_model
@@ -205,6 +223,31 @@ def test_positions_that_depend_on_the_neighbours_are_refused(rope):
         pair_logps(model, collate([row(16), row(40)]))
 
 
+def test_a_model_that_changes_is_probed_again(monkeypatch):
+    probed = []
+    monkeypatch.setattr(L, 'probe', lambda model: probed.append(model.dtype) or probe(model))
+    monkeypatch.setattr(L, 'find_attention', lambda model: ('flex' if model.dtype == torch.float64 else 'blocks', None))
+    model = random_model('llama')
+    def attention(): find_layout(model); return model.config._attn_implementation.split('_')[2]
+    assert [attention(), attention()] == ['blocks']*2 and len(probed) == 1
+    model.double()
+    assert [attention(), attention()] == ['flex']*2 and len(probed) == 2
+    adapted = add_lora(model, 4)
+    assert [attention(), attention()] == ['flex']*2 and len(probed) == 3
+    find_layout(adapted)
+    assert len(probed) == 3
+
+
+def test_an_attention_that_fails_inside_a_model_gives_way_to_blocks(monkeypatch):
+    def broken(*_): raise RuntimeError('no kernel image')
+    monkeypatch.setitem(ATTENTIONS, 'flex', broken)
+    monkeypatch.setattr(L, 'find_attention', lambda model: ('flex', None))
+    model = random_model('llama')
+    with pytest.warns(UserWarning, match="LlamaForCausalLM attends in 'blocks'.*no kernel image"):
+        assert find_layout(model) == 'packed_fused'
+    assert 'blocks' in model.config._attn_implementation
+
+
 @torch.no_grad()
 def test_generation_is_untouched_by_packed_attention():
     model = random_model('llama')
@@ -253,7 +296,7 @@ def test_packed_equals_plain_on_a_gpu():
 def test_entropy_and_likeliest_token(layout, monkeypatch):
     model, batch = random_model('llama'), collate(random_rows(6))
     find_layout(model)
-    monkeypatch.setitem(LAYOUTS, model, layout)
+    monkeypatch.setitem(LAYOUTS, model, (LAYOUTS[model][0], layout))
     nats, first = token_entropy(model, batch)
     logits = padded_logits(model, batch)
     wanted = torch.distributions.Categorical(logits=logits)
