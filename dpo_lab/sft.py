@@ -207,9 +207,10 @@ def token_mean_interval(
     lengths,    # `(N,)` tokens of each example
 ) -> tuple[float, float, float]: # mean over tokens, low, high
     "Mean over all tokens with a 95 % interval, examples being independent and tokens not."
+    sums, lengths = sums.cpu().double(), lengths.cpu().double()     # Apple's GPUs have no float64
     mean = (sums.sum()/lengths.sum()).item()
-    misfit = (sums - mean*lengths).double()
-    half = 1.96*misfit.std().item()/math.sqrt(len(sums))/lengths.double().mean().item() if len(sums) > 1 else math.inf
+    misfit = sums - mean*lengths
+    half = 1.96*misfit.std().item()/math.sqrt(len(sums))/lengths.mean().item() if len(sums) > 1 else math.inf
     return mean, mean - half, mean + half
 
 # %% ../nbs/10_sft.ipynb #67977833
