@@ -85,7 +85,7 @@ class LiveSweep:
             with processes(self.workers) as self.pool:
                 for _ in train_points(self.sweep, self): pass
             self.state = 'finished'
-        except Stopped: self.state = 'stopped'
+        except (Stopped, KeyboardInterrupt): self.state = 'stopped'     # a notebook's interrupt reaches the workers
         except Exception as e: self.state, self.error = 'failed', f'{type(e).__name__}: {e}'
 
     def join(self, timeout: float|None=None):

@@ -204,8 +204,10 @@ class RunLock:
     ):
         from filelock import FileLock
         self.path, self.lost, folder = path, False, path.resolve()
+        file = folder.with_name(f'.{folder.name}.lock')
         folder.parent.mkdir(parents=True, exist_ok=True)
-        self.lock = FileLock(folder.with_name(f'.{folder.name}.lock'), timeout=0, thread_local=False)
+        file.touch()        # where that cannot be, the lock would only say that it is taken
+        self.lock = FileLock(file, timeout=0, thread_local=False)
         if before := _LOCKS.get(str(folder)):
             before.lost = True
             before.release()

@@ -428,8 +428,8 @@ def interrupt_later(
 ) -> Iterator[list]: # filled when somebody interrupted
     "Hold a Ctrl-C back until the block is done; a second one is not held."
     heard: list = []
+    if threading.current_thread() is not threading.main_thread(): yield heard; return
     before = signal.getsignal(signal.SIGINT)
-    if threading.current_thread() is not threading.main_thread() or before is signal.SIG_IGN: yield heard; return
     def hear(number, frame):
         if heard: signal.signal(signal.SIGINT, before); raise KeyboardInterrupt
         heard.append(True)

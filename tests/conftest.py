@@ -1,6 +1,7 @@
 "What several tests share: a cache of their own, toy rows of the tiny model, random models of many architectures."
 import os
 import random
+import signal
 import sys
 import tempfile
 from importlib.machinery import ModuleSpec
@@ -9,6 +10,7 @@ from types import ModuleType
 
 os.environ.setdefault('TRANSFORMERS_VERBOSITY', 'error')
 os.environ['DPO_LAB_CACHE'] = tempfile.mkdtemp()
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN: signal.signal(signal.SIGINT, signal.default_int_handler)  # nohup
 
 import pytest
 import torch
