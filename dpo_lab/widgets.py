@@ -9,6 +9,7 @@ __all__ = ['DRAWN', 'STARTED', 'SHOWN', 'script', 'trait', 'LabWidget', 'name_of
 # %% ../nbs/17_widgets.ipynb #8a3895ec
 import threading
 import time
+import warnings
 from collections.abc import Callable, Iterable, Sequence
 from functools import cache
 from importlib.resources import files
@@ -21,7 +22,7 @@ import traitlets
 
 from .diagnostics import RunFeed, credit_map, open_run, pair_frame, pair_table, point, thinned
 from .live_sweep import LiveSweep, SweepFeed, exports, typed_axes, typed_fields, written
-from .losses import LOSSES
+from .losses import COLUMNS, LOSSES
 from .runs import Run, read_jsonl
 from .steering import LiveRun, live_run
 from .sweep import Sweep, as_axes, plan_text
@@ -119,6 +120,9 @@ class LossExplorer(LabWidget):
         state: dict[str, Any] = {'label_smoothing': config.get('label_smoothing') or 0.}
         if source is not None:
             frame = pair_frame(source, split, step=-1)
+            if carried := [c for c in COLUMNS if c in frame]:
+                warnings.warn(f"these pairs carry {', '.join(carried)}, which the curves leave out: "
+                              "`counterfactual` reads them", stacklevel=2)
             columns = [f'{side}_{name}' for name in ('logratio', 'logps', 'length') for side in ('chosen', 'rejected')]
             state |= {'pairs': frame[columns].round(5).values.tolist(), 'used_beta': float(frame.beta.iloc[0]),
                       'source': f'pair_frame({name_of(source)}, {split!r}, step=-1)'}

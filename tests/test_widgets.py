@@ -190,6 +190,11 @@ def test_an_explorer_begins_with_the_loss_of_its_run(run, tmp_path):
     assert LossExplorer().selected == ['sigmoid'] and LossExplorer(path, selected=['ipo']).selected == ['ipo']
 
 
+def test_an_explorer_says_what_it_leaves_out(run):
+    records = read_jsonl(run.path/'pairs.jsonl')
+    with pytest.warns(UserWarning, match='carry soft_label'): LossExplorer([r | {'soft_label': .9} for r in records])
+
+
 def test_a_followed_run_that_has_gone_silent_says_so(run, tmp_path):
     shutil.copytree(run.path, path := tmp_path/'run')
     (path/'events.jsonl').write_text('')
