@@ -533,6 +533,7 @@ def test_a_run_is_taken_back_changed_found_in_a_reopened_notebook_and_forked(pag
         if 'lose what came after' in button.inner_text(): button.click()
         until(lambda: 'back at step' in monitor.inner_text())
         return int(kept.input_value())
+    until(lambda: monitor.locator('.pill').inner_text() in ('finished', 'stopped', 'paused'))
     at = rewind(monitor)
     until(lambda: step(monitor) == at - 1)
     # another rate and loss from the next step
