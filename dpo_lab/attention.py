@@ -97,6 +97,7 @@ class AttentionPlan:
         rows = torch.cat([g.view(-1, width) for g in groups]).index_select(0, self.back)
         return rows.view(-1, self.heads*width//D, D)
 
+# %% ../nbs/04c_attention.ipynb #8ee648a1
 def attention_plan(
     parts: list[tuple[int, int, int]],  # lengths of prompt, chosen, rejected of each pair
     heads: int=1,                       # of the keys

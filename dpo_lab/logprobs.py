@@ -165,6 +165,7 @@ def _head(hidden: Tensor, weight: Tensor, bias: Tensor|None) -> Callable[[Tensor
     W = weight.float()
     return lambda h: F.linear(h.float(), W, b)
 
+# %% ../nbs/05_logprobs.ipynb #d729be35
 class _ScoredHead(torch.autograd.Function):
     "Log-probs of targets from hidden states, chunk by chunk, with their closed-form gradient."
     @staticmethod
@@ -326,6 +327,7 @@ def probe(
     if layout == 'padded': restore_attention(model)
     return layout, why
 
+# %% ../nbs/05_logprobs.ipynb #244434f9
 @torch.no_grad()
 def find_layout(
     model: nn.Module, # a causal language model of transformers, or one wrapped by peft

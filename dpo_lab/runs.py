@@ -206,7 +206,7 @@ class RunLock:
         self.path, self.lost, folder = path, False, path.resolve()
         file = folder.with_name(f'.{folder.name}.lock')
         folder.parent.mkdir(parents=True, exist_ok=True)
-        file.touch()        # where that cannot be, the lock would only say that it is taken
+        file.touch()        # raises where nothing can be written: the lock would only say that it is taken
         self.lock = FileLock(file, timeout=0, thread_local=False)
         if before := _LOCKS.get(str(folder)):
             before.lost = True

@@ -388,6 +388,7 @@ def locked(
     try: yield
     finally: lock.release()
 
+# %% ../nbs/15_sweep.ipynb #9da6cca0
 def report(
     sweep: Sweep,   # whose `points.jsonl` it goes to
     name: str,      # of a point
@@ -594,7 +595,7 @@ def folder_bytes(path: Path) -> int:
 def other_threads(
     threads: int|None, # for PyTorch; None: as they are
 ):
-    "For a while."
+    "PyTorch computes with so many threads inside the `with`."
     import torch
     before = torch.get_num_threads()
     if threads: torch.set_num_threads(threads)
