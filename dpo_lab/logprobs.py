@@ -8,8 +8,8 @@ __all__ = ['NOT_PACKED', 'HEAD_CHUNK', 'KEEP_BYTES', 'AFTER_HEAD', 'TOKEN_LOGPS'
            'window_of', 'use_shared_prompt_attention', 'restore_attention', 'base_transformer', 'scored_head',
            'plain_head', 'packed_inputs', 'packed_token_logps', 'packed_fused_token_logps', 'packed_logits',
            'packed_logits_token_logps', 'probe_rows', 'alone', 'refusal', 'first_right', 'probe', 'find_layout',
-           'steady_length', 'token_logps', 'pair_logps', 'scored_log_softmax', 'completion_confidence', 'completion_kl',
-           'token_entropy', 'product_error', 'use_exact_products', 'use_fitting_threads']
+           'use_layout', 'steady_length', 'token_logps', 'pair_logps', 'scored_log_softmax', 'completion_confidence',
+           'completion_kl', 'token_entropy', 'product_error', 'use_exact_products', 'use_fitting_threads']
 
 # %% ../nbs/05_logprobs.ipynb #77fcdbeb
 import sys
@@ -347,6 +347,20 @@ def find_layout(
         way = 'runs on plain padded rows' if layout == 'padded' else "attends in 'blocks'"
         warnings.warn(f'{type(inner).__name__} {way}, slower and with the same numbers: {why}', stacklevel=2)
     return layout
+
+# %% ../nbs/05_logprobs.ipynb #9bd44d01
+def use_layout(
+    model: nn.Module,   # a causal language model
+    layout: str,        # a key of `TOKEN_LOGPS`, none faster than `find_layout` gives
+):
+    "Read a model in this layout from now on; raises if its numbers would not be those of plain rows."
+    names, fastest, inner = [*TOKEN_LOGPS], find_layout(model), base_transformer(model)
+    if layout not in names: raise ValueError(f"layout={layout!r}: choose one of {', '.join(names)}")
+    if names.index(layout) < names.index(fastest):
+        raise ValueError(f"layout={layout}: {type(inner).__name__} would get other numbers in it; "
+                         f"the fastest that is exact is {fastest}")
+    if layout == 'padded': restore_attention(inner)
+    LAYOUTS[inner] = makeup(inner), layout
 
 # %% ../nbs/05_logprobs.ipynb #1d698dd3
 def steady_length(

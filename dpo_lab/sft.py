@@ -269,6 +269,7 @@ class SFTConfig:
     warmup_ratio: float = same('warmup_ratio')
     batch_size: int = field(16, "examples in an optimiser step")
     token_budget: int|None = same('token_budget')
+    layout: str|None = same('layout')
     num_epochs: int|None = field(None, "passes over the data; empty is 1")
     max_steps: int|None = same('max_steps')
     weight_decay: float = same('weight_decay')

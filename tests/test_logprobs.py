@@ -10,11 +10,13 @@ import dpo_lab.logprobs as L
 from dpo_lab.attention import ATTENTIONS, BLOCK
 from dpo_lab.batches import PairRow, collate, encode_pairs, pack
 from dpo_lab.data import load_pairs
-from dpo_lab.logprobs import (AFTER_HEAD, LAYOUTS, at_least_float32, completion_confidence, completion_kl, find_layout,
-                              padded_inputs, padded_logits, padded_token_logps, pair_logps, probe, restore_attention,
-                              scored_log_softmax, shared_prompt_attention, token_entropy, token_logps)
+from dpo_lab.logprobs import (AFTER_HEAD, LAYOUTS, TOKEN_LOGPS, at_least_float32, completion_confidence, completion_kl,
+                              find_layout, padded_inputs, padded_logits, padded_token_logps, pair_logps, probe,
+                              restore_attention, scored_log_softmax, shared_prompt_attention, token_entropy,
+                              token_logps, use_layout)
 from dpo_lab.models import add_lora
 from dpo_lab.renderers import get_renderer
+from dpo_lab.train import LAYOUT_NAMES
 
 PACKED = ['llama', 'qwen2', 'qwen3', 'mistral', 'gemma2', 'gemma3', 'phi', 'olmo2', 'smollm3', 'gpt2', 'gpt_neox']
 
@@ -302,3 +304,14 @@ def test_entropy_and_likeliest_token(layout, monkeypatch):
     wanted = torch.distributions.Categorical(logits=logits)
     assert torch.allclose(nats, wanted.entropy(), atol=1e-4)
     assert torch.equal(first, (logits.argmax(-1) == batch.targets).float())
+
+
+def test_no_layout_is_used_that_gives_other_numbers():
+    model = random_model('llama')
+    model.config.final_logit_softcapping = 30.
+    use_layout(model, 'padded')
+    assert find_layout(model) == 'padded'
+    with pytest.raises(ValueError, match='layout=packed: .* would get other numbers'): use_layout(model, 'packed')
+
+
+def test_the_command_line_knows_all_layouts(): assert LAYOUT_NAMES == (*TOKEN_LOGPS,)

@@ -13,7 +13,7 @@ import torch
 from safetensors.torch import load_file
 
 from dpo_lab.runs import Run
-from dpo_lab.train import Config, main, run_dpo
+from dpo_lab.train import LAYOUT_NAMES, Config, main, run_dpo
 
 ROOT = Path(__file__).parent.parent
 
@@ -233,6 +233,7 @@ MISTAKES = {
     'renderer_name=role_colom': 'role_colon',
     'lr_schedule=cosin': "Did you mean 'cosine'",
     'batch_size=100000': '800 training pairs are fewer than one batch of 100000',
+    'layout=pcaked': 'layout=pcaked: choose one of packed_fused',
     'max_length=3': 'leaves none of 800 pairs',
     'model_name=nowhere/at-all': 'nowhere/at-all',
     'dataset=nothing.jsonl': 'nothing.jsonl',
@@ -251,6 +252,15 @@ def test_a_mistake_is_one_plain_sentence_before_any_work(words, tmp_path, capsys
     err = capsys.readouterr().err
     assert err.startswith('error: ') and MISTAKES[words] in err and 'Traceback' not in err
     assert not (tmp_path/'run'/'metrics.jsonl').exists()
+
+
+@pytest.mark.parametrize('layout', LAYOUT_NAMES)
+def test_every_layout_trains_the_same(whole, tmp_path, layout):
+    for _ in run_dpo(short(tmp_path/layout, layout=layout), quiet): pass
+    run = Run(tmp_path/layout)
+    assert layout in run.config['reference_fingerprint']
+    for metric in ('dpo_loss', 'grad_norm', 'test/margin'):
+        assert (run.metrics[metric] - whole.metrics[metric]).abs().max() < 1e-3
 
 
 def test_an_existing_run_is_not_overwritten(whole, capsys, monkeypatch):
