@@ -5,6 +5,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 
 BENCHMARKS = Path(__file__).parent.parent/'nbs'/'benchmarks'
 
@@ -39,3 +40,26 @@ def test_what_an_operation_counts_as():
     assert {kind(f'aten::{name}') for name in ('mm', 'addmm', 'addmm_', 'linear')} == {'products of layers and head'}
     assert {kind(f'aten::{name}') for name in ('bmm', 'baddbmm', '_softmax', 'masked_fill_')} == {'attention'}
     assert kind('aten::copy_') == 'casts, copies, gathers' and kind('aten::_log_softmax') == 'the rest'
+
+
+def test_a_grid_in_lockstep(tmp_path):
+    found, = run('lockstep.py', tmp_path/'found', 'points=2', 'steps=2', 'lora_rank=4')
+    assert all(found[way]['seconds'] > 0 and found[way]['gigabytes'] > 0 for way in ('apart', 'turns', 'stacked'))
+
+
+def test_joined_products_are_the_products(tmp_path):
+    sys.path.insert(0, str(BENCHMARKS))
+    try: from joined import KINDS, Joined, ways
+    finally: sys.path.remove(str(BENCHMARKS))
+    for kind in KINDS:
+        made = ways(kind, torch.float64, Joined(tokens=8, rank=2))
+        for name in ('full', 'LoRA'):
+            (outs, back, grads, *thin), (out, joined_back, joined_grads, *joined_thin) = (
+                made[f'{name}, {how}']() for how in ('apart', 'joined'))
+            out = torch.cat(out, 1) if isinstance(out, list) else out
+            joined_grads = torch.cat(joined_grads) if isinstance(joined_grads, list) else joined_grads
+            torch.testing.assert_close(torch.cat(outs, 1), out)
+            torch.testing.assert_close(back, joined_back)
+            torch.testing.assert_close(torch.cat(grads), joined_grads)
+            torch.testing.assert_close(thin, joined_thin)
+    assert len(run('joined.py', tmp_path/'found', 'tokens=8', 'repeats=1')) == 4
