@@ -17,7 +17,8 @@ import chz
 from .diagnostics import point
 from .runs import read_jsonl
 from .steering import Tail
-from .sweep import Sweep, begin_sweep, command_of, last_error, processes, split_values, train_points
+from .sweep import (Sweep, begin_sweep, command_of, jobs_of, last_error, processes, split_values, train_points,
+                           unfinished)
 from .train import OF_THIS_CALL, Config, nearest, parse
 
 # %% ../nbs/16c_live_sweep.ipynb #42c75eba
@@ -58,9 +59,10 @@ class LiveSweep:
         config: Config,             # what all points share
         axes: dict[str, list],      # field -> the values it takes
         samples: int|None=None,     # random settings; None: all
-        workers: int=1,             # points at a time
+        workers: int=1,             # points or lanes at a time
+        together: int=1,            # points of a lane, in lock-step
     ):
-        self.sweep, self.workers = begin_sweep(config, axes, samples), workers
+        self.sweep, self.workers, self.together = begin_sweep(config, axes, samples, together), workers, together
         self.state, self.error = 'ready', ''
         self.halt = threading.Event()
         self.thread: threading.Thread|None = None
@@ -82,8 +84,9 @@ class LiveSweep:
 
     def _train(self):
         try:
-            with processes(self.workers) as self.pool:
-                for _ in train_points(self.sweep, self): pass
+            jobs = len(jobs_of(unfinished(self.sweep), self.together))
+            with processes(min(self.workers, max(1, jobs))) as self.pool:
+                for _ in train_points(self.sweep, self, together=self.together): pass
             self.state = 'finished'
         except (Stopped, KeyboardInterrupt): self.state = 'stopped'     # a notebook's interrupt reaches the workers
         except Exception as e: self.state, self.error = 'failed', f'{type(e).__name__}: {e}'

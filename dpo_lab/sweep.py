@@ -4,12 +4,13 @@
 
 # %% auto #0
 __all__ = ['ROWS_DEPEND_ON', 'REFERENCE_DEPENDS_ON', 'SHOWN', 'METRICS', 'OTHER_PAIRS', 'logspace', 'as_axes', 'combination',
-           'grid', 'point_name', 'point_configs', 'status', 'shared_rows', 'open_run', 'run_point', 'share_cores',
-           'cores_each', 'end_processes', 'Workers', 'processes', 'outcomes', 'Sweep', 'last_error', 'sweep_table',
-           'with_interval', 'short_table', 'sweep_folder', 'begin_sweep', 'locked', 'report', 'train_points', 'sweep',
-           'student', 'interval', 'delta_of', 'check_verdict', 'pair_values', 'Verdict', 'compare', 'command_of',
-           'train_command', 'folder_bytes', 'other_threads', 'Probe', 'probe', 'point_seconds', 'distinct', 'estimate',
-           'SweepConfig', 'split_values', 'parse_sweep', 'human', 'plan_text', 'follow_points', 'show_sweep', 'main']
+           'grid', 'point_name', 'point_configs', 'status', 'shared_rows', 'open_run', 'lane_of_sweep', 'run_lane',
+           'share_cores', 'cores_each', 'end_processes', 'Workers', 'processes', 'jobs_of', 'outcomes', 'Sweep',
+           'last_error', 'sweep_table', 'with_interval', 'short_table', 'sweep_folder', 'begin_sweep', 'locked',
+           'report', 'unfinished', 'train_points', 'sweep', 'train_together', 'student', 'interval', 'delta_of',
+           'check_verdict', 'pair_values', 'Verdict', 'compare', 'command_of', 'train_command', 'folder_bytes',
+           'other_threads', 'Probe', 'probe', 'point_seconds', 'distinct', 'estimate', 'SweepConfig', 'split_values',
+           'parse_sweep', 'human', 'plan_text', 'grid_progress', 'follow_points', 'show_sweep', 'main']
 
 # %% ../nbs/15_sweep.ipynb #8acd4710
 import gc
@@ -140,7 +141,7 @@ def status(
 # %% ../nbs/15_sweep.ipynb #860629d9
 ROWS_DEPEND_ON = ('model_name', 'load_checkpoint_path', 'trust_remote_code', 'dataset', 'dataset_path',
                   'dataset_revision', 'test_dataset', 'renderer_name', 'train_on_what', 'max_length', 'truncation')
-REFERENCE_DEPENDS_ON = (*ROWS_DEPEND_ON, 'dtype', 'reference_model_name')
+REFERENCE_DEPENDS_ON = (*ROWS_DEPEND_ON, 'dtype', 'layout', 'reference_model_name')
 _opening = threading.Lock()     # points open one after another, even in threads
 _rows: dict[str, dict] = {}     # of the newest stamp: what rows depend on -> rows
 
@@ -168,23 +169,30 @@ def open_run(
     with _opening: return Point(config, lambda line: None)
 
 # %% ../nbs/15_sweep.ipynb #0461535d
-def run_point(
-    config: Config,         # of the point
-    stamp: str='',          # see `shared_rows`
-    threads: int|None=None, # for PyTorch in this worker; None: as they are
-) -> dict: # seconds, error (one line, or empty) and traceback
-    "Train a point to its end, from its newest checkpoint if it has one."
-    start, path = time.monotonic(), Path(config.log_path or '')
+def lane_of_sweep(
+    lane: dict[str, Config],    # name -> the config of a point
+    load: Callable,             # see `open_run`
+    ended: dict[str, dict],     # name -> how it ended, filled as points end
+) -> Iterator[dict[str, Any]]: # name -> its step, for those under way
+    "Train points in lock-step, one alone as it is, each from its newest checkpoint if it has one."
+    from dpo_lab.lockstep import lane_steps
+    gc.collect()        # the models of the lane before
+    for path in (Path(c.log_path or '') for c in lane.values()):
+        if path.exists() and not (path/'config.json').exists(): shutil.rmtree(path)     # killed before its first step
+    yield from lane_steps(lane, lambda config: open_run(config, load), ended)
+
+def run_lane(
+    lane: dict[str, Config],    # name -> the config of a point
+    stamp: str='',              # see `shared_rows`
+    threads: int|None=None,     # for PyTorch in this worker; None: as they are
+) -> dict[str, dict]: # name -> seconds, error (one line, or empty) and traceback
+    "Train the points of a lane to their end."
     if threads:
         import torch
         torch.set_num_threads(threads)
-    gc.collect()        # the model of the point before
-    if path.exists() and not (path/'config.json').exists(): shutil.rmtree(path)     # killed before its first step
-    error, trace = '', ''
-    try:
-        for _ in open_run(config, shared_rows(stamp)): pass
-    except Exception as e: error, trace = f'{type(e).__name__}: {e}'.strip(), traceback.format_exc()
-    return {'seconds': round(time.monotonic() - start, 2), 'error': error, 'traceback': trace}
+    ended: dict[str, dict] = {}
+    for _ in lane_of_sweep(lane, shared_rows(stamp), ended): pass
+    return ended
 
 # %% ../nbs/15_sweep.ipynb #a07ee984
 def share_cores(
@@ -230,26 +238,36 @@ def processes(
     return Workers(workers, get_context('spawn'), share_cores, (cores_each(workers),))
 
 # %% ../nbs/15_sweep.ipynb #410e98fe
+def jobs_of(
+    configs: dict[str, Config], # name -> the config of a point
+    together: int=1,            # points of a job, in lock-step
+) -> list[dict[str, Config]]: # name -> the config of a point, for each job
+    "Points in the portions that are trained at a time."
+    if together == 1: return [{name: config} for name, config in configs.items()]
+    from dpo_lab.lockstep import lanes
+    return lanes(configs, together)
+
+# %% ../nbs/15_sweep.ipynb #73cbdd3f
 def outcomes(
-    jobs: dict[str, Config],    # name -> the config of the point
-    executor: Any=None,         # with `submit`; None: here, one after another
-    threads: int|None=None,     # for each point; None: what its worker has
-) -> Iterator[tuple[str, dict]]: # name, and what `run_point` gives
+    jobs: list[dict[str, Config]],  # see `jobs_of`
+    executor: Any=None,             # with `submit`; None: here, one after another
+    threads: int|None=None,         # for each job; None: what its worker has
+) -> Iterator[tuple[str, dict]]: # name, and how it ended
     "Points as they end, in whatever order."
+    from dpo_lab.lockstep import outcome
     stamp = uuid.uuid4().hex
     if executor is None:
         try:
-            for name, config in jobs.items(): yield name, run_point(config, stamp, threads)
+            for job in jobs: yield from run_lane(job, stamp, threads).items()
         finally: _rows.clear()
         return
-    waiting = {name: executor.submit(run_point, config, stamp, threads) for name, config in jobs.items()}
+    waiting = {i: executor.submit(run_lane, job, stamp, threads) for i, job in enumerate(jobs)}
     try:
         while waiting:
-            for name in [name for name, future in waiting.items() if future.done()]:
-                try: outcome = waiting.pop(name).result()
-                except Exception as e:      # the worker died, not the training
-                    outcome = {'error': f'{type(e).__name__}: {e}', 'traceback': traceback.format_exc()}
-                yield name, outcome
+            for i in [i for i, future in waiting.items() if future.done()]:
+                try: ended = waiting.pop(i).result()
+                except Exception as e: ended = dict.fromkeys(jobs[i], outcome(0, e))    # the worker died
+                yield from ended.items()
             time.sleep(.05)
     finally:
         for future in waiting.values(): future.cancel()
@@ -357,11 +375,13 @@ def begin_sweep(
     config: Config,             # what all points share
     axes: dict[str, Any],       # what varies
     samples: int|None=None,     # random settings; None: all
+    together: int=1,            # points of a lane, in lock-step
 ) -> Sweep: # laid out, checked, nothing trained
     "Make the folder of a sweep, or find it again."
     path, axes = sweep_folder(config), as_axes(axes)
     configs, behavior = point_configs(config, axes, samples, path), config.behavior_if_log_dir_exists
     for c in configs.values(): build_loss(resolve(c))
+    jobs_of(configs, together)
     if path.exists() and any(path.iterdir()):
         if not (path/'sweep.json').exists():
             raise FileExistsError(f"{path} holds files but no sweep: choose another log_path, "
@@ -392,20 +412,27 @@ def locked(
 def report(
     sweep: Sweep,   # whose `points.jsonl` it goes to
     name: str,      # of a point
-    outcome: dict,  # see `run_point`
+    outcome: dict,  # see `run_lane`
 ):
     "Write down how a point ended, and when."
     now = datetime.now().isoformat(timespec='seconds')
     append_jsonl(sweep.path/'points.jsonl', [{'point': name, 'time': now, **outcome}])
 
+def unfinished(
+    sweep: Sweep, # laid out
+) -> dict[str, Config]: # name -> the config of the point
+    "What is left to train."
+    return {name: config for name, config in sweep.configs.items() if status(config) != 'finished'}
+
 def train_points(
     sweep: Sweep,           # laid out
     executor: Any=None,     # with `submit`; None: here
-    threads: int|None=None, # for each point; None: what its worker has
-) -> Iterator[tuple[str, dict]]: # name, and what `run_point` gives
-    "Train what is not finished, a point at a time; the caller owns the loop."
+    threads: int|None=None, # for each worker; None: what it has
+    together: int=1,        # points of a lane, in lock-step
+) -> Iterator[tuple[str, dict]]: # name, and how it ended: seconds, error (one line, or empty) and traceback
+    "Train what is not finished, a point or a lane at a time; the caller owns the loop."
     if threads is not None and threads < 1: raise ValueError(f"threads={threads}: must be at least 1")
-    jobs = {name: c for name, c in sweep.configs.items() if status(c) != 'finished'}
+    jobs = jobs_of(unfinished(sweep), together)
     with locked(sweep):
         for name, outcome in outcomes(jobs, executor, threads):
             report(sweep, name, outcome)
@@ -415,13 +442,29 @@ def sweep(
     config: Config,             # what all points share; its `log_path` is the sweep folder
     executor: Any=None,         # anything with the `submit` of `concurrent.futures`; None: here, one after another
     samples: int|None=None,     # this many random settings of the grid; None: all
-    threads: int|None=None,     # for each point; None: what its worker has
+    threads: int|None=None,     # for each worker; None: what it has
+    together: int=1,            # points of a lane, which train in lock-step in one process
     **axes,                     # field -> the values it takes
 ) -> Sweep:
     "Train every point of a grid, and give the folder that holds them."
-    result = begin_sweep(config, axes, samples)
-    for _ in train_points(result, executor, threads): pass
+    result = begin_sweep(config, axes, samples, together)
+    for _ in train_points(result, executor, threads, together): pass
     return result
+
+# %% ../nbs/15_sweep.ipynb #a54dab9f
+def train_together(
+    sweep: Sweep,       # laid out
+    most: int=16,       # points of a lane: each keeps what it trains in memory
+) -> Iterator[dict[str, Any]]: # name -> its step, for the points under way
+    "Train what is not finished, all points of a lane a step at a time; the caller owns the loop."
+    load = shared_rows()
+    with locked(sweep):
+        for lane in jobs_of(unfinished(sweep), most):
+            ended: dict[str, dict] = {}
+            for shown in lane_of_sweep(lane, load, ended):
+                yield shown
+                for name in [*ended]: report(sweep, name, ended.pop(name))
+            for name in ended: report(sweep, name, ended[name])
 
 # %% ../nbs/15_sweep.ipynb #dc8018d9
 def student(
@@ -666,25 +709,27 @@ def distinct(
 def estimate(
     configs: dict[str, Config], # name -> the config of the point
     path: Path,                 # the sweep folder, if there is one
-    workers: int=1,             # points at a time
+    workers: int=1,             # jobs at a time
+    together: int=1,            # points of a job, in lock-step
 ) -> dict: # seconds, bytes, shared seconds, and how they were measured
     "Time and disk of the points that are not finished."
+    left = {name: c for name, c in configs.items() if status(c) != 'finished'}
+    jobs = len(jobs_of(left, together))
+    workers = min(workers, max(1, jobs))
     threads = cores_each(workers) if workers != 1 else None
-    left = [c for c in configs.values() if status(c) != 'finished']
-    rounds = math.ceil(len(left)/workers)
     done = [n for n, c in configs.items() if status(c) == 'finished']
     spent = [r['seconds'] for r in read_jsonl(path/'points.jsonl') if r['point'] in done and r.get('seconds')]
     if not left: return {'seconds': 0., 'bytes': 0, 'shared': 0., 'measured': 'nothing is left to do'}
     if spent:
-        return {'seconds': rounds*sorted(spent)[len(spent)//2], 'shared': 0.,
+        return {'seconds': math.ceil(jobs/workers)*len(left)/jobs * sorted(spent)[len(spent)//2], 'shared': 0.,
                 'bytes': len(left)*max(folder_bytes(path/n) for n in done),
                 'measured': f'from {len(spent)} finished points of this sweep'}
-    cost = probe(left[0], threads=threads)
-    passes = distinct(left, REFERENCE_DEPENDS_ON) - cost.reference_known
+    cost = probe(next(iter(left.values())), threads=threads)
+    passes = distinct(left.values(), REFERENCE_DEPENDS_ON) - cost.reference_known
     reference = passes*(cost.train + cost.test)*cost.forward_seconds
-    times = [point_seconds(c, cost) for c in left]
-    return {'seconds': sum(times)/min(workers, len(left)),
-            'shared': distinct(left, ROWS_DEPEND_ON)*cost.rows_seconds + reference,
+    times = [point_seconds(c, cost) for c in left.values()]
+    return {'seconds': sum(times)/workers,
+            'shared': distinct(left.values(), ROWS_DEPEND_ON)*cost.rows_seconds + reference,
             'bytes': len(left)*cost.bytes, 'measured': 'by a probe of 4 steps of the first point'}
 
 # %% ../nbs/15_sweep.ipynb #260149ff
@@ -693,7 +738,8 @@ class SweepConfig(Config):
     "A sweep: any field but the folder takes several values, with commas between them, or logspace(low,high,n)."
     dry_run: bool = field(False, "only say what would be trained, and how long it would take")
     samples: int|None = field(None, "train this many random settings of the grid, each with every seed; empty: all")
-    workers: int = field(1, "points at a time, each in a process of its own; 1 stays in this one")
+    workers: int = field(1, "points or lanes at a time, each in a process of its own; 1 stays in this one")
+    together: int = field(1, "train lanes of up to so many points in lock-step, all that see the same pairs")
     metric: str = field('accuracy', "what the best point is chosen by: accuracy, margin or dpo_loss")
 
 def split_values(
@@ -736,7 +782,8 @@ def plan_text(
     config: Config,         # what all points share
     axes: dict[str, list],  # what varies
     samples: int|None=None, # random settings; None: all
-    workers: int=1,         # points at a time
+    workers: int=1,         # jobs at a time
+    together: int=1,        # points of a job, in lock-step
 ) -> str:
     "What a sweep would train, what its points share, how long it would take."
     path, axes = sweep_folder(config), as_axes(axes)
@@ -744,30 +791,59 @@ def plan_text(
     for c in configs.values(): build_loss(resolve(c))
     states = [status(c) for c in configs.values()]
     rows, passes = (distinct(configs.values(), fields) for fields in (ROWS_DEPEND_ON, REFERENCE_DEPENDS_ON))
-    read, cost = 'once' if rows == 1 else f'{rows} times', estimate(configs, path, workers)
+    read, cost = 'once' if rows == 1 else f'{rows} times', estimate(configs, path, workers, together)
     lines = [f'{name:22} {", ".join(map(str, values))}' for name, values in axes.items()]
     counts = ', '.join(f'{states.count(s)} {s}' for s in ('finished', 'unfinished', 'new') if s in states)
     sampled = f' sampled from {math.prod(map(len, axes.values()))}' if samples else ''
+    lanes = len(jobs_of(configs, together))
+    pace = f'{workers} at a time' + f', in {lanes} lane{"s"*(lanes > 1)} of lock-step'*(together > 1)
     lines += [f'{"points":22} {len(configs)}{sampled}: {counts}',
               f'{"shared by all points":22} {passes} reference pass{"es"*(passes > 1)}; rows are read, tokenised and '
               f'audited {read}' + f' in each of {workers} processes'*(workers > 1) + f' ({human(cost["shared"])})',
-              f'{"time":22} about {human(cost["seconds"] + cost["shared"])}, {workers} at a time',
+              f'{"time":22} about {human(cost["seconds"] + cost["shared"])}, {pace}',
               f'{"disk":22} up to {cost["bytes"]/1e9:.2g} GB in {path}, '
               f'where {shutil.disk_usage(path.absolute().anchor).free/1e9:.1f} GB are free',
               f'{"measured":22} {cost["measured"]}']
     return '\n'.join(lines)
+
+# %% ../nbs/15_sweep.ipynb #614581e5
+@contextmanager
+def grid_progress(
+    sweep: Sweep,   # laid out
+    console: Any,   # of rich
+) -> Iterator[None]:
+    "A bar of how far all points have come, while the block trains them."
+    from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeElapsedColumn
+    from dpo_lab.steering import Tail
+    tails, over = {name: Tail(sweep.path/name/'metrics.jsonl') for name in sweep.points}, threading.Event()
+    come = dict.fromkeys(tails, 0.)
+    columns = TextColumn('{task.description}'), BarColumn(), TaskProgressColumn(), TimeElapsedColumn()
+    with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as bar:
+        task = bar.add_task('steps of all points', total=len(tails))
+        def watch():
+            while not over.wait(.5):
+                for name, tail in tails.items():
+                    if records := tail.new()[0]: come[name] = records[-1].get('progress', 0.)
+                bar.update(task, completed=sum(come.values()))
+        thread = threading.Thread(target=watch, daemon=True)
+        if console.is_terminal: thread.start()
+        try: yield
+        finally:
+            over.set()
+            if thread.is_alive(): thread.join()
 
 # %% ../nbs/15_sweep.ipynb #b58a5205
 def follow_points(
     sweep: Sweep,       # laid out
     executor: Any,      # with `submit`, or None
     console: Any,       # of rich
+    together: int=1,    # points of a lane, in lock-step
 ):
     "Train the points and print a line for each."
     total, start = len(sweep.points), time.monotonic()
     left = sum(status(c) != 'finished' for c in sweep.configs.values())
     console.print(f'{total} points in {sweep.path}: {total - left} are finished, {left} to train', soft_wrap=True)
-    for i, (name, outcome) in enumerate(train_points(sweep, executor), 1):
+    for i, (name, outcome) in enumerate(train_points(sweep, executor, together=together), 1):
         last = {} if outcome['error'] else read_jsonl(sweep.path/name/'metrics.jsonl')[-1]
         value, low, high = (last.get(f'test/accuracy{end}', math.nan) for end in ('', '_low', '_high'))
         said = (outcome['error'].splitlines()[0] if outcome['error']
@@ -776,6 +852,7 @@ def follow_points(
         console.print(f'[{i}/{left}] {name}  {said}' + (f'  ({human(rest)} left)' if left > i else ''),
                       markup=False, soft_wrap=True)
 
+# %% ../nbs/15_sweep.ipynb #a3a35f0e
 def show_sweep(
     sweep: Sweep,   # as far as it has come
     metric: str,    # what the best is chosen by
@@ -811,11 +888,15 @@ def main(
         config = Config(**{name: getattr(asked, name) for name in chz.chz_fields(Config)})
         quiet_libraries()
         if asked.dry_run:
-            console.print(plan_text(config, axes, asked.samples, asked.workers), markup=False, soft_wrap=True)
+            plan = plan_text(config, axes, asked.samples, asked.workers, asked.together)
+            console.print(plan, markup=False, soft_wrap=True)
             return 0
-        pool = processes(asked.workers) if asked.workers != 1 else nullcontext()
-        result = begin_sweep(config, axes, asked.samples)
-        with pool as executor: follow_points(result, executor, console)
+        cores_each(asked.workers)       # refuses 0 before a folder is made
+        result = begin_sweep(config, axes, asked.samples, asked.together)
+        workers = min(asked.workers, max(1, len(jobs_of(unfinished(result), asked.together))))
+        pool = processes(workers) if workers != 1 else nullcontext()
+        with pool as executor, grid_progress(result, console):
+            follow_points(result, executor, console, asked.together)
         show_sweep(result, asked.metric, console)
         return int('failed' in {*result.table.status})
     except KeyboardInterrupt:

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['DRAWN', 'STARTED', 'SHOWN', 'script', 'trait', 'LabWidget', 'name_of', 'LossExplorer', 'RunPoints', 'FollowedRun',
-           'TrainMonitor', 'SweepPoints', 'FollowedSweep', 'SweepPanel', 'PairBrowser']
+           'TrainMonitor', 'sweep_line', 'SweepPoints', 'FollowedSweep', 'SweepPanel', 'PairBrowser']
 
 # %% ../nbs/17_widgets.ipynb #8a3895ec
 import threading
@@ -252,6 +252,12 @@ class TrainMonitor(FollowedRun):
 # %% ../nbs/17_widgets.ipynb #17685264
 STARTED: dict[str, LiveSweep] = {}       # line of Python -> the sweep that its panel has started
 
+def sweep_line(config: Config, axes: dict[str, list], samples: int|None=None, together: int=1) -> str:
+    "The line of Python that trains a grid."
+    words = [written(config), *(f'{n}={v!r}' for n, v in axes.items())]
+    words += [f'samples={samples}']*bool(samples) + [f'together={together}']*(together > 1)
+    return f"sweep({', '.join(words)})"
+
 class SweepPoints(LabWidget):
     "A grid that fills while its points train."
     _esm = script('sweep_panel')
@@ -262,6 +268,7 @@ class SweepPoints(LabWidget):
         source: Any=None,       # a `Config` that all points share; or a `Sweep` or its folder, to look at
         workers: int=2,         # points at a time, each in a process
         metric: str='accuracy', # what the verdict compares
+        together: int=1,        # points that train in lock-step in one of these processes
         **axes,                 # field -> values, as `sweep` takes them
     ):
         self.config, self.workers, self.metric = source if isinstance(source, Config) else Config(), workers, metric
@@ -272,10 +279,10 @@ class SweepPoints(LabWidget):
         typed = {name: ', '.join(map(str, values)) for name, values in lists.items()}
         others = [n for n in typed if n not in ('dpo_beta', 'learning_rate', 'seed')]
         asked = {n: typed.get(n, '') for n in ('dpo_beta', 'learning_rate', 'seed')} | {
-            'more': '; '.join(f'{n}={typed[n]}' for n in others), 'max_steps': str(self.config.max_steps or '')}
-        words = ', '.join(filter(None, [written(self.config), *(f'{n}={v!r}' for n, v in lists.items())]))
+            'more': '; '.join(f'{n}={typed[n]}' for n in others), 'max_steps': str(self.config.max_steps or ''),
+            'together': str(together) if together > 1 else ''}
         follows = isinstance(source, (str, Path, Sweep))
-        code = f'Sweep({name_of(source)})' if follows else f'sweep({words})'
+        code = f'Sweep({name_of(source)})' if follows else sweep_line(self.config, lists, together=together)
         super().__init__(asked=asked, code=code, status={'state': 'ready', 'live': not follows})
         self.line = code
         self.live: Any = None if follows else STARTED.get(code)     # the cell run again
@@ -336,7 +343,7 @@ class FollowedSweep(SweepPoints):
 # %% ../nbs/17_widgets.ipynb #010d3e93
 class SweepPanel(FollowedSweep):
     "A grid that fills while its points train."
-    def wish(self, asked: dict) -> tuple[Config, dict, int|None]: # config, axes, random settings
+    def wish(self, asked: dict) -> tuple[Config, dict, int|None, int]: # config, axes, random settings, points of a lane
         "What was typed, as a sweep takes it."
         words = {n: asked.get(n, '') for n in ('dpo_beta', 'learning_rate', 'seed')}
         for part in filter(str.strip, asked.get('more', '').split(';')):
@@ -344,27 +351,27 @@ class SweepPanel(FollowedSweep):
             if not equals: raise ValueError(f"cannot read the axis {part!r}: write field=value,value")
             words[name.strip()] = values
         steps, samples = (int(asked[n]) if asked.get(n, '').strip() else None for n in ('max_steps', 'samples'))
-        return chz.replace(self.config, max_steps=steps), typed_axes(words), samples
+        together = int(asked.get('together', '').strip() or 1)
+        return chz.replace(self.config, max_steps=steps), typed_axes(words), samples, together
 
     def hand_start(self, asked):
         if self.live and self.live.state in ('running', 'stopping'): return
-        config, axes, samples = self.wish(asked)
+        config, axes, samples, together = self.wish(asked)
         path = self.live.sweep.path if self.live and self.live.state == 'stopped' and asked == self.asked else None
         if path: config = chz.replace(config, log_path=str(path), log_relpath=None)
-        self.live = LiveSweep(config, axes, samples, self.workers).start()
+        self.live = LiveSweep(config, axes, samples, self.workers, together).start()
         STARTED[self.line], self.asked = self.live, asked
-        words = ', '.join(filter(None, [written(config), *(f'{n}={v!r}' for n, v in axes.items())]))
-        self.code = f'sweep({words}' + (f', samples={samples})' if samples else ')')
+        self.code = sweep_line(config, axes, samples, together)
         self.watch(self.live.sweep)
 
     def hand_stop(self):
         if self.live: self.live.stop(); self.tell()
 
     def hand_plan(self, asked):
-        config, axes, samples = self.wish(asked)
+        config, axes, samples, together = self.wish(asked)
         def think():
             self.status = self.status | {'note': 'measuring four steps …', 'error': False}
-            try: text = plan_text(config, axes, samples, self.workers)
+            try: text = plan_text(config, axes, samples, self.workers, together)
             except Exception as e: text = f'{type(e).__name__}: {e}'
             self.status = self.status | {'note': text}
         threading.Thread(target=think, daemon=True).start()

@@ -21,7 +21,7 @@ import dpo_lab.reference
 from dpo_lab.batches import Rows
 from dpo_lab.runs import Run, append_jsonl, read_jsonl, write_json
 from dpo_lab.sweep import (Sweep, begin_sweep, estimate, interval, main, plan_text, point_name, processes, report,
-                           run_point, shared_rows, sweep, train_points)
+                           run_lane, shared_rows, sweep, train_points)
 from dpo_lab.train import Config, parse, resolve, run_dpo
 
 ROOT = Path(__file__).parent.parent
@@ -284,7 +284,7 @@ def threads_of_a_worker(tmp_path):
     "For a worker: the threads after a point that fails before it has a model, since a tiny model takes one thread."
     config = short(tmp_path/'one', model_name=str(tmp_path/'none'))
     def ask():
-        assert run_point(config, threads=3)['error']
+        assert run_lane({'a': config}, threads=3)['a']['error']
         return torch.get_num_threads()
     return ask
 
@@ -344,6 +344,7 @@ MISTAKES = {
     'dataset_revision=a,b dataset=hhh dry_run=true': 'set test_dataset',
     'test_dataset=toy,hhh': 'have other held-out pairs',
     'seed=0,1 samples=0': 'at least 1',
+    'seed=0,1 together=0': 'must be at least 1', 'seed=0,1 together=2 beta_end=0.5': 'train the points apart',
     'seed=0,1 workers=0': 'at least 1',
     'seed=0,1 workers=0 dry_run=true': 'at least 1',
     'seed=3': 'nothing varies',
@@ -392,12 +393,12 @@ def test_dry_run_touches_nothing_and_says_how_it_measured(tmp_path, capsys):
 
 
 def test_a_probe_has_the_cores_of_a_worker_and_gives_them_back(tmp_path, monkeypatch):
-    seen, before = [], torch.get_num_threads()
+    seen, before, four = [], torch.get_num_threads(), {str(i): short(tmp_path/str(i)) for i in range(4)}
     def opened(*args): seen.append(torch.get_num_threads()); raise KeyboardInterrupt
     monkeypatch.setattr('dpo_lab.sweep.open_run', opened)
     monkeypatch.setattr('os.sched_getaffinity', lambda pid: range(12), raising=False)
     for workers in (1, 4):
-        with pytest.raises(KeyboardInterrupt): estimate({'one': short(tmp_path/'one')}, tmp_path, workers)
+        with pytest.raises(KeyboardInterrupt): estimate(four, tmp_path, workers)
     assert seen == [before, 3] and torch.get_num_threads() == before
 
 
