@@ -323,16 +323,19 @@ def test_a_panel_refuses_what_a_sweep_would(tmp_path):
     assert panel.live is None and not (tmp_path/'grid').exists()
 
 
-def test_a_panel_starts_stops_and_goes_on(tmp_path):
+@pytest.mark.parametrize('together', ['', '2'])
+def test_a_panel_starts_stops_and_goes_on(tmp_path, together):
     panel = SweepPanel(asked(tmp_path/'grid', max_steps=None, eval_every=5, infrequent_eval_every=0), workers=1)
-    typed = dict(dpo_beta='0.1, 0.5', learning_rate='2e-4', seed='', max_steps='12', samples='', more='')
+    typed = dict(dpo_beta='0.1, 0.5', learning_rate='2e-4', seed='', max_steps='12', samples='', more='',
+                 together=together)
     press(panel, 'start', asked=typed)
-    until(lambda: any(p['curve'] for p in panel.points), 120)
+    until(lambda: (all if together else any)(p['curve'] for p in panel.points), 120)
     press(panel, 'stop'); until(lambda: panel.status['state'] == 'stopped')
     press(panel, 'start', asked=typed)
     until(lambda: panel.status['state'] == 'finished', 120)
     assert panel.status['verdict'].startswith('dpo_beta=') and [p['progress'] for p in panel.points] == [1., 1.]
     assert 'sweep(Config(' in panel.code and 'learning_rate=[0.0002]' in panel.code
+    assert ('together=2' in panel.code) == bool(together)
 
 
 def test_a_browser_lists_pairs_and_opens_one_to_its_tokens(run):
