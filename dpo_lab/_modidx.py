@@ -792,6 +792,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                'dpo_lab.sweep.Sweep.table': ('sweep.html#sweep.table', 'dpo_lab/sweep.py'),
                                'dpo_lab.sweep.Sweep.verdict': ('sweep.html#sweep.verdict', 'dpo_lab/sweep.py'),
                                'dpo_lab.sweep.SweepConfig': ('sweep.html#sweepconfig', 'dpo_lab/sweep.py'),
+                               'dpo_lab.sweep.SweepConfig._counts': ('sweep.html#sweepconfig._counts', 'dpo_lab/sweep.py'),
                                'dpo_lab.sweep.Verdict': ('sweep.html#verdict', 'dpo_lab/sweep.py'),
                                'dpo_lab.sweep.Verdict.__repr__': ('sweep.html#verdict.__repr__', 'dpo_lab/sweep.py'),
                                'dpo_lab.sweep.Verdict.__str__': ('sweep.html#verdict.__str__', 'dpo_lab/sweep.py'),

@@ -99,8 +99,7 @@ class Rounds:
         self.updates = [run.optimizer.step for run in runs]
         self.reports: dict[int, tuple] = {}
         for place, run in enumerate(runs):
-            old = run.objective
-            run.objective = Seat(old.loss, old.beta, old.state).sit(self, place)
+            run.objective = Seat(run.objective.loss, run.objective.beta, run.objective.state).sit(self, place)
             run.optimizer.step = self.update     # type: ignore[method-assign]
 
     def result(self, place: int, batches: Sequence[PairBatch], step: int) -> tuple[dict, list[dict]]:
@@ -136,8 +135,8 @@ class Rounds:
 # %% ../nbs/14b_lockstep.ipynb #6e525cc8
 def seated(
     runs: dict[str, DPORun], # name -> a run of one lane
-) -> list[dict[str, DPORun]]: # those at the same step share a table
-    "Runs in groups that begin at the same step, each group with its `Rounds`."
+) -> list[dict[str, DPORun]]: # those at the same step walk together
+    "Runs in groups that begin at the same step."
     groups: dict[int, dict[str, DPORun]] = {}
     for name, run in runs.items(): groups.setdefault(run.start, {})[name] = run
     return list(groups.values())
@@ -150,6 +149,7 @@ def outcome(
     return {'seconds': round(seconds, 2), 'error': f'{type(error).__name__}: {error}'.strip() if error else '',
             'traceback': ''.join(traceback.format_exception(error)) if error else ''}
 
+# %% ../nbs/14b_lockstep.ipynb #795f5233
 def walk(
     runs: dict[str, DPORun],    # name -> a run; all begin at the same step
     ended: dict[str, dict],     # outcomes are put here as points end

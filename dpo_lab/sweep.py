@@ -706,6 +706,7 @@ def distinct(
     "How many combinations of values the points have in these fields."
     return len({tuple(getattr(c, name) for name in fields) for c in configs})
 
+# %% ../nbs/15_sweep.ipynb #c9f17b92
 def estimate(
     configs: dict[str, Config], # name -> the config of the point
     path: Path,                 # the sweep folder, if there is one
@@ -741,6 +742,11 @@ class SweepConfig(Config):
     workers: int = field(1, "points or lanes at a time, each in a process of its own; 1 stays in this one")
     together: int = field(1, "train lanes of up to so many points in lock-step, all that see the same pairs")
     metric: str = field('accuracy', "what the best point is chosen by: accuracy, margin or dpo_loss")
+
+    @chz.validate
+    def _counts(self):
+        for name in ('workers', 'together'):
+            if (value := getattr(self, name)) < 1: raise ValueError(f"{name}={value}: must be at least 1")
 
 def split_values(
     text: str, # what stands behind the `=`
@@ -891,7 +897,6 @@ def main(
             plan = plan_text(config, axes, asked.samples, asked.workers, asked.together)
             console.print(plan, markup=False, soft_wrap=True)
             return 0
-        cores_each(asked.workers)       # refuses 0 before a folder is made
         result = begin_sweep(config, axes, asked.samples, asked.together)
         workers = min(asked.workers, max(1, len(jobs_of(unfinished(result), asked.together))))
         pool = processes(workers) if workers != 1 else nullcontext()

@@ -252,12 +252,18 @@ class TrainMonitor(FollowedRun):
 # %% ../nbs/17_widgets.ipynb #17685264
 STARTED: dict[str, LiveSweep] = {}       # line of Python -> the sweep that its panel has started
 
-def sweep_line(config: Config, axes: dict[str, list], samples: int|None=None, together: int=1) -> str:
+def sweep_line(
+    config: Config,         # what all points share
+    axes: dict[str, list],  # field -> its values
+    samples: int|None=None, # random settings; None: all
+    together: int=1,        # points of a lane, in lock-step
+) -> str:
     "The line of Python that trains a grid."
     words = [written(config), *(f'{n}={v!r}' for n, v in axes.items())]
     words += [f'samples={samples}']*bool(samples) + [f'together={together}']*(together > 1)
     return f"sweep({', '.join(words)})"
 
+# %% ../nbs/17_widgets.ipynb #e487f0a4
 class SweepPoints(LabWidget):
     "A grid that fills while its points train."
     _esm = script('sweep_panel')
