@@ -1,4 +1,4 @@
-"The widgets in a real JupyterLab, under a real pointer: headless Chromium opens the tutorial and works with it."
+"The widgets in a real JupyterLab and Notebook 7, under a real pointer: headless Chromium opens the tutorial and works."
 import json
 import os
 import random
@@ -55,27 +55,34 @@ def shorten(notebook, folder):
     (folder/notebook.name).write_text(text)
 
 
-@pytest.fixture(scope='module')
-def lab(tmp_path_factory):
-    "Address of a JupyterLab on a copy of the tutorial."
+# module, path of a notebook, what keeps it quiet
+APPS = {'JupyterLab': ('jupyterlab', 'lab/tree', ['--LabApp.news_url=None', '--LabApp.check_for_updates_class='
+                                                  'jupyterlab.NeverCheckForUpdate']),
+        'Notebook': ('notebook', 'notebooks', [])}
+
+
+@pytest.fixture(scope='module', params=APPS)
+def lab(request, tmp_path_factory):
+    "Address of a Jupyter server, and of a copy of the tutorial there."
+    module, path, quiet = APPS[request.param]
+    pytest.importorskip(module, reason=f"needs {module}: pip install 'dpo_lab[dev]'")
     folder, port = tmp_path_factory.mktemp('lab'), free_port()
     shorten(ROOT/'nbs'/'tutorials'/'under_the_hand.ipynb', folder)
     env = os.environ | dict(PYTHONPATH=str(ROOT), OMP_NUM_THREADS='1', HF_HUB_OFFLINE='1',
                             JUPYTER_CONFIG_DIR=str(folder/'config'), JUPYTERLAB_SETTINGS_DIR=str(folder/'settings'))
     words = ['--no-browser', '--allow-root', '--IdentityProvider.token=', f'--ServerApp.port={port}',
-             f'--ServerApp.root_dir={folder}', '--expose-app-in-browser', '--LabApp.news_url=None',
-             '--LabApp.check_for_updates_class=jupyterlab.NeverCheckForUpdate']
+             f'--ServerApp.root_dir={folder}', '--expose-app-in-browser', *quiet]
     news = folder/'settings'/'@jupyterlab'/'apputils-extension'/'notification.jupyterlab-settings'
     news.parent.mkdir(parents=True)
     news.write_text('{"fetchNews": "false"}')
-    command = [sys.executable, '-m', 'jupyterlab', *words]
+    command = [sys.executable, '-m', module, *words]
     with open(folder/'log', 'w') as log: server = subprocess.Popen(command, cwd=folder, env=env, stdout=log, stderr=log)
     address = f'http://127.0.0.1:{port}'
     try:
         for _ in range(120):
             try: urllib.request.urlopen(f'{address}/api', timeout=1); break
             except OSError: time.sleep(.5)
-        yield address
+        yield address, f'{address}/{path}/under_the_hand.ipynb'
     finally: server.terminate(); server.wait(20)
 
 
@@ -91,19 +98,27 @@ def context():
 
 @pytest.fixture(scope='module')
 def page(lab, context):
-    page = context.new_page()
+    (address, notebook), page = lab, context.new_page()
+    page.notebook = notebook
     page.set_default_timeout(120_000)
     page.problems = []
     page.on('pageerror', lambda e: page.problems.append(str(e)))
     def asked(r):
-        if not r.url.startswith((lab, 'data:', 'blob:')): page.problems.append(f'fetched {r.url}')
+        if not r.url.startswith((address, 'data:', 'blob:')): page.problems.append(f'fetched {r.url}')
     page.on('request', asked)
     page.add_init_script(CLICKS)
     yes = page.locator('.jp-Dialog button.jp-mod-accept:not(.jp-mod-warn)').last     # JupyterLab asks something
     page.add_locator_handler(yes, lambda: yes.click())
-    page.goto(f'{lab}/lab/tree/under_the_hand.ipynb?reset')
-    page.wait_for_function(READY)
+    enter(page)
     yield page
+    page.close()
+
+
+def enter(page):
+    "Open the notebook; what Jupyter itself says while it starts is none of ours."
+    page.goto(page.notebook)
+    page.wait_for_function(READY)
+    page.problems.clear()
 
 
 # when a button was clicked, and how long until the widget's state said so
@@ -544,14 +559,19 @@ def test_a_run_is_taken_back_changed_found_in_a_reopened_notebook_and_forked(pag
     monitor.get_by_role('button', name='Continue the training').click()
     # it goes on while the notebook is closed, and answers when it is open again
     page.evaluate("window.jupyterapp.commands.execute('docmanager:save')")
-    page.evaluate("window.jupyterapp.shell.currentWidget.close()")
+    lab = '/lab/' in page.notebook
+    if lab: page.evaluate("window.jupyterapp.shell.currentWidget.close()")
+    else:
+        assert not page.problems
+        page.goto('about:blank')
     until(lambda: not page.locator('.dl').count())
     until(lambda: max(taken()) > at + 2)
     changed = [e for e in records(run/'events.jsonl') if e['event'] == 'changed'][-1]
     assert changed['step'] == at and changed['changed'] == {'learning_rate': [2e-4, 5e-4], 'loss': ['sigmoid', 'ipo']}
     rates = {record['step']: record['learning_rate'] for record in records(run/'metrics.jsonl')}
     assert rates[at] > 2*rates[at - 1]
-    page.evaluate("void window.jupyterapp.commands.execute('docmanager:open', {path: 'under_the_hand.ipynb'})")
+    if lab: page.evaluate("void window.jupyterapp.commands.execute('docmanager:open', {path: 'under_the_hand.ipynb'})")
+    else: enter(page)
     monitor = widget(page, 'Training monitor')
     until(lambda: step(monitor) >= at)
     assert rewind(monitor) == at

@@ -83,10 +83,10 @@ const focused = node => node.getRootNode().activeElement;   // in a shadow root 
 
 function frame(el0, label) {
   const root = el('div', { class: 'dl', role: 'region', 'aria-label': label });
-  // JupyterLab would take plain keys for its cells: arrows leave a slider, d d on a button deletes the cell
-  const plain = e => !e.ctrlKey && !e.metaKey && !e.altKey, hears = 'canvas, .list, .cell, .text, input[type=text]';
-  const keep = e => { const [at] = e.composedPath(); if (root.contains(at) && plain(e) && !at.matches(hears)) e.stopImmediatePropagation(); };
-  window.addEventListener('keydown', keep, true);
+  // Jupyter would take plain keys for its cells: arrows leave a slider, d d on a button deletes the cell. It asks for this attribute
+  const plain = e => !e.ctrlKey && !e.metaKey && !e.altKey;
+  const keep = e => { const [at] = e.composedPath(); if (root.contains(at)) at.toggleAttribute('data-lm-suppress-shortcuts', plain(e)); };
+  window.addEventListener('keydown', keep, true);      // Notebook takes keys on their way down, JupyterLab and others on their way up
   root.addEventListener('keydown', e => { if (plain(e)) e.stopPropagation(); });
   root.append(el('style', {}, CSS));
   el0.append(root);
@@ -190,7 +190,7 @@ class Plot {
     const closer = () => this.zoom(this.logx ? [at * (lo / hi) ** .25, at * (hi / lo) ** .25] : [at - span / 4, at + span / 4]);
     const k = { ArrowLeft: () => move(-1), ArrowRight: () => move(1), '+': closer, '=': closer,
       '-': () => this.zoom(null), '0': () => this.zoom(null), Escape: () => this.zoom(null), l: () => this.button.click(), ...(this.onPick && { ArrowUp: () => next(-1), ArrowDown: () => next(1) }), Enter: () => this.onPick && this.near && this.onPick(this.near) }[e.key];
-    if (k) { e.preventDefault(); e.stopPropagation(); k(); this.say.textContent = this.tip.textContent; }
+    if (k) { e.preventDefault(); k(); this.say.textContent = this.tip.textContent; }
   }
   set(series, marks = [], dots = []) {
     const xs = [...series.map(s => s.x).flat(), ...marks.map(m => m.x)].filter(x => !this.logx || x > 0);

@@ -91,7 +91,7 @@ export default { render({ model, el: host }) {
       text.onkeydown = e => {
         const way = { ArrowRight: 1, ArrowLeft: -1 }[e.key];
         if (!way || !spans.length) return;
-        e.preventDefault(); e.stopPropagation();
+        e.preventDefault();
         spans[at]?.classList.remove('here'); at = Math.min(Math.max(at + way, 0), spans.length - 1);
         spans[at].classList.add('here'); said.textContent = `${spans[at].textContent}: ${spans[at].title}`;
       };
@@ -110,9 +110,9 @@ export default { render({ model, el: host }) {
     if (go !== undefined) { active = Math.max(0, Math.min(order.length - 1, active + go)); const y = active * ROW; if (y < list.scrollTop) list.scrollTop = y; if (y > list.scrollTop + (SEEN - 1) * ROW) list.scrollTop = y - (SEEN - 1) * ROW; paint(); }
     else if (e.key === 'Enter' || e.key === ' ') open(order[active]);
     else return;
-    e.preventDefault(); e.stopPropagation();
+    e.preventDefault();
   };
-  for (const f of [search, from, to]) { f.oninput = arrange; f.onkeydown = e => e.stopPropagation(); }
+  for (const f of [search, from, to]) f.oninput = arrange;
   by.onchange = flips.onchange = odd.onchange = arrange;
   model.on('change:detail', show); model.on('change:code', () => code.set(model.get('code')));
   ui.plots.push({ draw: show });

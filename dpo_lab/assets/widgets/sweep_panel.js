@@ -18,7 +18,7 @@ export default { render({ model, el: host }) {
   const pill = el('span', { class: 'pill', role: 'status' }), bar = el('progress', { max: 1, value: 0, 'aria-label': 'share of the sweep that is done', style: 'width:140px' }), where = el('span', { class: 'dim num' });
   const note = el('div', { role: 'status', class: 'dim', style: 'min-height:18px;font-size:12px;white-space:pre-wrap' });
   const verdict = el('div', { role: 'status', class: 'dim', style: 'font-size:12px;white-space:pre-wrap' });
-  const asked = model.get('asked') || {}, text = (name, label, size) => { const i = el('input', { type: 'text', size, value: asked[name] ?? '', 'aria-label': label }); i.onkeydown = e => e.stopPropagation(); return i; };
+  const asked = model.get('asked') || {}, text = (name, label, size) => el('input', { type: 'text', size, value: asked[name] ?? '', 'aria-label': label });
   const inputs = { dpo_beta: text('dpo_beta', 'values of beta, with commas between them', 18), learning_rate: text('learning_rate', 'values of the learning rate, with commas between them', 18), seed: text('seed', 'seeds, with commas between them', 6), max_steps: text('max_steps', 'most steps of a point', 5), samples: text('samples', 'most settings, drawn at random; empty takes all', 4), together: text('together', 'so many points train in lock-step; empty trains each apart', 3) };
   const more = text('more', 'another axis, such as loss=sigmoid,ipo', 20); more.placeholder = 'loss=sigmoid,ipo';
   const start = el('button', { type: 'button', class: 'main' }, 'Start'), stop = el('button', { type: 'button' }, 'Stop'), plan = el('button', { type: 'button', 'aria-label': 'Say what it would take' }, 'Estimate');
@@ -84,7 +84,7 @@ export default { render({ model, el: host }) {
         b.onclick = e => e.detail === 0 && group.length && pick(group[0].name);
         b.onmouseenter = b.onfocus = () => { if (!lit || lit[0] !== (group[0] || {}).name) { lit = group.map(p => p.name); drawCurves(); drawParallel(); } };
         b.onmouseleave = b.onblur = () => { lit = null; drawCurves(); drawParallel(); };
-        b.onkeydown = e => { const d = { ArrowLeft: [-1, 0], ArrowRight: [1, 0], ArrowUp: [0, -1], ArrowDown: [0, 1] }[e.key]; if (!d) return; e.preventDefault(); e.stopPropagation(); heat.querySelector(`[data-at="${i + d[0]},${j + d[1]}"]`)?.focus(); };
+        b.onkeydown = e => { const d = { ArrowLeft: [-1, 0], ArrowRight: [1, 0], ArrowUp: [0, -1], ArrowDown: [0, 1] }[e.key]; if (!d) return; e.preventDefault(); heat.querySelector(`[data-at="${i + d[0]},${j + d[1]}"]`)?.focus(); };
         cells.push(b);
       });
       rows.push(row(cells));
@@ -136,7 +136,7 @@ export default { render({ model, el: host }) {
     const way = { ArrowUp: -1, ArrowDown: 1, Enter: 0 }[e.key], m = metric.value, less = LESS.includes(m) ? 1 : -1;
     const ps = points().filter(p => score(p, m) !== null).sort((a, b) => less * (score(a, m) - score(b, m)));
     if (way === undefined || !ps.length) return;
-    e.preventDefault(); e.stopPropagation();
+    e.preventDefault();
     const at = ps.findIndex(p => lit && p.name === lit[0]);
     if (!way) return at >= 0 && pick(ps[at].name);
     const p = ps[Math.min(Math.max(at + way, 0), ps.length - 1)];

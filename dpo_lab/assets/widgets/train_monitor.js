@@ -37,8 +37,7 @@ export default { render({ model, el: host }) {
   const names = el('datalist', { id: 'dl' + Math.random().toString(36).slice(2) }, ...(model.get('losses') || []).map(n => el('option', { value: n })));
   loss.setAttribute('list', names.id);
   const apply = button('Apply from the next step', 'Apply beta, learning rate and loss from the next step', () => ({ do: 'change', ...typed() }), true);
-  for (const field of [beta, rate, loss]) { field.oninput = () => field.dataset.dirty = 1; field.onkeydown = e => { e.stopPropagation(); if (e.key === 'Enter') apply.click(); }; }
-  forkTo.onkeydown = e => e.stopPropagation();
+  for (const field of [beta, rate, loss]) { field.oninput = () => field.dataset.dirty = 1; field.onkeydown = e => { if (e.key === 'Enter') apply.click(); }; }
   const hands = el('div', {}, el('div', { class: 'row' }, pause, stop, save, el('label', {}, back), rewind, forkTo, fork),
     el('div', { class: 'row' }, el('label', {}, 'beta', beta), el('label', {}, 'learning rate', rate), el('label', {}, 'loss', loss, names), apply));
   const smoothing = el('input', { type: 'range', min: 0, max: .98, step: .02, value: model.get('smoothing'), 'aria-label': 'smoothing of the curves', style: 'width:110px' });
