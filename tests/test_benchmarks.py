@@ -7,6 +7,9 @@ from pathlib import Path
 import pytest
 import torch
 
+from dpo_lab.models import load_policy
+from dpo_lab.training import make_optimizer
+
 BENCHMARKS = Path(__file__).parent.parent/'nbs'/'benchmarks'
 
 
@@ -63,3 +66,25 @@ def test_joined_products_are_the_products(tmp_path):
             torch.testing.assert_close(torch.cat(grads), joined_grads)
             torch.testing.assert_close(thin, joined_thin)
     assert len(run('joined.py', tmp_path/'found', 'tokens=8', 'repeats=1')) == 4
+
+
+@pytest.mark.parametrize('dtype', ['float32', 'bfloat16'])
+def test_what_a_step_holds(dtype):
+    sys.path.insert(0, str(BENCHMARKS))
+    try: from memory import held
+    finally: sys.path.remove(str(BENCHMARKS))
+    model, _ = load_policy('tiny', dtype=dtype)
+    optimizer, weights = make_optimizer(model), [*model.parameters()]
+    for p in weights: p.grad = torch.ones_like(p)
+    tensors = weights + [p.grad for p in weights]
+    optimizer.step()
+    tensors += [x for state in optimizer.state.values() for x in state.values() if x.ndim]
+    if dtype == 'bfloat16': tensors += optimizer.masters
+    assert held(model) == sum(x.nbytes for x in tensors) / 1e9
+
+
+def test_memory_against_time(tmp_path):
+    pytest.importorskip('trl', reason='TRL is not installed')
+    found, = run('memory.py', tmp_path/'found', 'pairs=16', 'steps=1', 'micro_batches=4', 'attentions=sdpa')
+    assert set(found['ways']) == {'trl', '1024', '512', 'checkpointed'}
+    for way in found['ways'].values(): assert way['gigabytes'] > way['held'] > 0 and way['seconds'] > 0
