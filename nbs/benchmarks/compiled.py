@@ -4,13 +4,13 @@
 
 Random weights in the shape of SmolLM2-135M. Whole layers do not compile: the attention asks for the pairs of its batch.
 """
-import json
 import statistics
 import tempfile
 
 import chz
 import torch
 from scaling import SIZES, USUAL, random_model, random_pairs, seconds
+from throughput import add_line
 from torch._inductor.utils import fresh_inductor_cache
 
 from dpo_lab.batches import collate
@@ -50,8 +50,7 @@ def main(c):
     result = dict(size=c.size, threads=torch.get_num_threads(), torch=torch.__version__, first_round=first,
                   seconds={way: statistics.median(times) for way, times in found.items()})
     print(result)
-    if c.out:
-        with open(c.out, 'a') as f: f.write(json.dumps(result) + '\n')
+    add_line(c.out, result)
 
 
 if __name__ == '__main__' and '__file__' in globals(): main(chz.entrypoint(Compiled))

@@ -5,12 +5,12 @@
 In the shapes of a layer of SmolLM2-135M, forward and backward: the products that full training needs, and those of
 adapters of rank 16. The joined weights lie joined already, which is the best case: a model keeps them apart.
 """
-import json
 import statistics
 import time
 
 import chz
 import torch
+from throughput import add_line
 
 from dpo_lab.logprobs import use_exact_products
 
@@ -84,8 +84,7 @@ def main(c):
             found = milliseconds(ways(kind, getattr(torch, dtype), c), c.repeats)
             result = dict(kind=kind, dtype=dtype, tokens=c.tokens, threads=torch.get_num_threads(), milliseconds=found)
             print(result)
-            if c.out:
-                with open(c.out, 'a') as f: f.write(json.dumps(result) + '\n')
+            add_line(c.out, result)
 
 
 if __name__ == '__main__' and '__file__' in globals(): main(chz.entrypoint(Joined))

@@ -7,12 +7,12 @@ Each way runs in a process of its own. Apart, one point is trained after another
 import gc
 import json
 import statistics
-import subprocess
 import sys
 import tempfile
 import time
 
 import chz
+from throughput import add_line, alone, peak_gb
 
 from dpo_lab import lockstep
 from dpo_lab.sweep import open_run, shared_rows
@@ -68,8 +68,7 @@ def timed(c):
     else:
         lockstep.SMALL = WAYS[c.ways]
         seconds = step_seconds(lockstep.lane_steps(lane(c), opened, {}), c.steps)
-    peak = next(line.split()[1] for line in open('/proc/self/status') if line.startswith('VmHWM'))
-    return dict(seconds=seconds, gigabytes=int(peak) / 1e6)
+    return dict(seconds=seconds, gigabytes=peak_gb())
 
 
 def main(c):
@@ -78,13 +77,9 @@ def main(c):
     if len(ways) == 1: return print(json.dumps(timed(c)))
     result = {k: v for k, v in chz.asdict(c).items() if k in ('points', 'lora_rank', 'batch_size', 'max_length')}
     for way in ways:
-        words = [f'{k}={v}' for k, v in chz.asdict(c).items() if v is not None and k not in ('out', 'ways')]
-        done = subprocess.run([sys.executable, __file__, *words, f'ways={way}'], capture_output=True, text=True)
-        if done.returncode: raise SystemExit(done.stderr[-2000:])
-        result[way] = json.loads(done.stdout.splitlines()[-1])
+        result[way] = alone(__file__, c, ways=way)
         print(way, result[way])
-    if c.out:
-        with open(c.out, 'a') as f: f.write(json.dumps(result) + '\n')
+    add_line(c.out, result)
 
 
 if __name__ == '__main__' and '__file__' in globals(): main(chz.entrypoint(Lockstep))

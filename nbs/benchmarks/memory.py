@@ -6,13 +6,10 @@ Takes the words of throughput.py, `out=` among them; TRL runs with the first of 
 The allocator settings of the environment hold for all.
 """
 import json
-import os
 import statistics
-import subprocess
-import sys
 
 import chz
-from throughput import Bench, Ours, Peer, Place, step_seconds
+from throughput import Bench, Ours, Peer, Place, add_line, allocator, alone, peak_gb, step_seconds
 
 from dpo_lab import batches
 from dpo_lab.logprobs import use_exact_products
@@ -39,7 +36,7 @@ def measured(c):
     use_exact_products()
     place = Place(c)
     model = place.model()
-    found = {'held': held(model)}
+    kept = held(model)
     if c.ways == 'trl': one = Peer(place, model, int(c.micro_batches.split(',')[0]), c.attentions.split(',')[0])
     else: one = Ours(place, model)
     if c.ways == 'checkpointed':
@@ -49,23 +46,17 @@ def measured(c):
     rows = one.refer(place.rows)
     seconds = [step_seconds(one, [rows[(i + k) % len(rows)] for k in range(c.batch_size)])
                for i in range(0, (c.steps + 1)*c.batch_size, c.batch_size)]
-    peak = next(line.split()[1] for line in open('/proc/self/status') if line.startswith('VmHWM'))
-    return found | dict(seconds=statistics.median(seconds[1:]) / c.batch_size, gigabytes=int(peak) / 1e6)
+    return dict(held=kept, seconds=statistics.median(seconds[1:]) / c.batch_size, gigabytes=peak_gb())
 
 
 def main(c):
     ways = c.ways.split(',')
     if len(ways) == 1: return print(json.dumps(measured(c)))
-    allocator = {k: v for k, v in os.environ.items() if k.startswith('MALLOC_')}
-    result = dict(lora_rank=c.lora_rank, dtype=c.dtype, allocator=allocator, ways={})
+    result = dict(lora_rank=c.lora_rank, dtype=c.dtype, allocator=allocator(), ways={})
     for way in ways:
-        words = [f'{k}={v}' for k, v in chz.asdict(c).items() if v is not None and k not in ('out', 'ways')]
-        done = subprocess.run([sys.executable, __file__, *words, f'ways={way}'], capture_output=True, text=True)
-        if done.returncode: raise SystemExit(done.stderr[-2000:])
-        result['ways'][way] = json.loads(done.stdout.splitlines()[-1])
+        result['ways'][way] = alone(__file__, c, ways=way)
         print(way, result['ways'][way])
-    if c.out:
-        with open(c.out, 'a') as f: f.write(json.dumps(result) + '\n')
+    add_line(c.out, result)
 
 
 if __name__ == '__main__' and '__file__' in globals(): main(chz.entrypoint(Memory))

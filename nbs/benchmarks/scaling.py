@@ -4,12 +4,12 @@
 
 Random weights and random tokens: nothing here depends on what the tokens say.
 """
-import json
 import statistics
 import time
 
 import chz
 import torch
+from throughput import add_line
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from dpo_lab.batches import PairRow, collate
@@ -73,8 +73,7 @@ def main(c):
     def note(axis, value, model, point, **more):
         found = dict(axis=axis, value=value, **timed(model, point, c.repeats), threads=torch.get_num_threads(), **more)
         print(found)
-        if c.out:
-            with open(c.out, 'a') as f: f.write(json.dumps(found) + '\n')
+        add_line(c.out, found)
     for axis in filter(None, c.axes.split(',')):
         for value in AXES[axis]:
             point = USUAL | {axis: value}

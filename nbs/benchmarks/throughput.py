@@ -178,12 +178,29 @@ def work(c, model, rows):
     return (4 if c.lora_rank else 6) * (body*tokens + head*scored) / 1e9
 
 
-def peak_memory(c, name):
-    "GB, of the GPU where there is one, that a process takes to run one contestant for two steps."
-    words = [f'{k}={v}' for k, v in chz.asdict(c).items() if v is not None and k not in ('out', 'contestant')]
-    out = subprocess.run([sys.executable, __file__, *words, f'contestant={name}'], capture_output=True, text=True)
-    if out.returncode: raise RuntimeError(out.stderr[-2000:])
-    return float(out.stdout.split()[-1])
+def alone(script, c, **changed):
+    "What a script prints last as JSON when it runs with these words in a process of its own."
+    words = [f'{k}={v}' for k, v in (chz.asdict(c) | changed).items() if v is not None and k != 'out']
+    done = subprocess.run([sys.executable, script, *words], capture_output=True, text=True)
+    if done.returncode: raise SystemExit(done.stderr[-2000:])
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+def peak_gb():
+    "The most this process had resident, or allocated on the GPU where there is one."
+    if torch.cuda.is_available(): return torch.cuda.max_memory_allocated() / 1e9
+    return int(next(line.split()[1] for line in open('/proc/self/status') if line.startswith('VmHWM'))) / 1e6
+
+
+def allocator():
+    "Settings of the allocator in the environment."
+    return {k: v for k, v in os.environ.items() if k.startswith('MALLOC_')}
+
+
+def add_line(path, result):
+    "Add a result to a JSON lines file, if one is asked for."
+    if not path: return
+    with open(path, 'a') as f: f.write(json.dumps(result) + '\n')
 
 
 def prompt_share(rows):
@@ -240,13 +257,11 @@ def main(c):
             place, place.model(), int(c.micro_batches.split(',')[0]), c.attentions.split(',')[0])
         rows = kind.refer(place.rows[:2*c.batch_size])
         for i in (0, len(rows) - c.batch_size): step_seconds(kind, rows[i:i+c.batch_size])
-        if torch.cuda.is_available(): return print(torch.cuda.max_memory_allocated() / 1e9)
-        peak = next(line.split()[1] for line in open('/proc/self/status') if line.startswith('VmHWM'))
-        return print(int(peak) / 1e6)
+        return print(peak_gb())
     best, tried = search(place)
     tuned = chz.replace(c, micro_batches=str(best['micro']), attentions=best['attention'])
     measured = ('dpo_lab', 'trl') if 'tuned' in c.ways else ('dpo_lab',)
-    memory = {name: peak_memory(tuned, name) for name in measured}      # while there is room beside them
+    memory = {name: alone(__file__, tuned, contestant=name) for name in measured}      # while there is room beside them
     ours, peer = Ours(place, place.model()), Peer(place, place.model(), **best)
     differ = disagreement(ours, peer, place.others)
     print('  they differ by', ', '.join(f'{k} {v:.1e}' for k, v in differ.items()))
@@ -287,8 +302,7 @@ def main(c):
                        for name in contestants if name != 'dpo_lab'},
         'memory_gb': memory}
     print(json.dumps({k: v for k, v in result.items() if k not in ('steps', 'tried')}, indent=1))
-    if c.out:
-        with open(c.out, 'a') as f: f.write(json.dumps(result) + '\n')
+    add_line(c.out, result)
 
 
 def machine(products):
@@ -298,7 +312,7 @@ def machine(products):
                platform.processor()) if os.path.exists('/proc/cpuinfo') else platform.processor()
     gpu = {'gpu': torch.cuda.get_device_name()} if torch.cuda.is_available() else {}
     return gpu | dict(cpu=cpu, threads=torch.get_num_threads(), torch=torch.__version__, trl=trl.__version__,
-                products=products, allocator={k: v for k, v in os.environ.items() if k.startswith('MALLOC_')})
+                products=products, allocator=allocator())
 
 
 if __name__ == '__main__' and '__file__' in globals(): main(chz.entrypoint(Bench))

@@ -10,7 +10,7 @@ import json
 
 import chz
 import torch
-from throughput import Bench, Ours, Peer, Place, peak_gflops, step_seconds, work
+from throughput import Bench, Ours, Peer, Place, add_line, peak_gflops, step_seconds, work
 from torch.profiler import ProfilerActivity, profile
 
 from dpo_lab.logprobs import use_exact_products
@@ -48,8 +48,7 @@ def main(c):
         del contestant
         gc.collect()            # a trainer holds itself
     print(json.dumps(result, indent=1))
-    if c.out:
-        with open(c.out, 'a') as f: f.write(json.dumps(result) + '\n')
+    add_line(c.out, result)
 
 
 if __name__ == '__main__' and '__file__' in globals(): main(chz.entrypoint(Bench))
