@@ -117,6 +117,7 @@ def folder_of(
     path = source if isinstance(source, (str, Path)) else getattr(source, 'log_path', getattr(source, 'path', None))
     return str(Path(path).expanduser().resolve()) if path else ''
 
+# %% ../nbs/10b_steering.ipynb #c0f1a5e2
 class LiveBase:
     "Steps taken in a thread, and a person's hand on them."
     def __init__(self,

@@ -42,6 +42,7 @@ def field(default, doc: str) -> Any:
     "A field of a config: its default and the sentence that explains it everywhere."
     return chz.field(default=default, doc=doc)
 
+# %% ../nbs/09_train.ipynb #c0f1a5e1
 @chz.chz
 class Config:
     "A DPO experiment."
