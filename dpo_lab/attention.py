@@ -77,12 +77,12 @@ class AttentionPlan:
     "Which tokens of a packed row are attended to together; P places, T tokens, K key heads."
     places: Tensor          # `(K*P,)` for each place the token and key head that are there, as `token*K + head`
     back: Tensor            # `(T*K,)` the place of each
-    hidden: list[Tensor]    # for each group `(n, 1, 1, L, L)` bool, who may not see whom
+    bias: list[Tensor]      # for each group `(n, L, L)`, what is added to scores: 0, or -inf where a row may not see
     padding: Tensor|None    # `(K*P, 1)` bool, the places that pad (they repeat a token); None: there are none
     heads: int              # K
 
     @property
-    def shapes(self) -> list[tuple[int, int]]: return [(len(h), h.shape[-1]) for h in self.hidden]
+    def shapes(self) -> list[tuple[int, int]]: return [(len(b), b.shape[-1]) for b in self.bias]
 
     def groups(self, x: Tensor) -> list[Tensor]: # of `(H, T, D)`, for each group `(K*n, L*H/K, D)`
         "Pairs that are attended to together; the heads of a token that share a key are neighbours."
@@ -103,10 +103,11 @@ def attention_plan(
     heads: int=1,                       # of the keys
     window: int|None=None,              # how far back a layer looks
     device: torch.device|str='cpu',     # where the plan is used
+    dtype: torch.dtype=torch.float32,   # of the scores
 ) -> AttentionPlan:
     "Groups of pairs, where their tokens are, and who sees whom."
     lengths, area = [sum(part) for part in parts], GROUP_AREA.get(torch.device(device).type, GROUP_AREA['cuda'])
-    starts, places, hidden = [0, *accumulate(lengths)], [], []
+    starts, places, bias = [0, *accumulate(lengths)], [], []
     def moved(x): return x.to(device, non_blocking=torch.device(device).type == 'cuda')     # waits for no GPU
     for group in groups_of(lengths, area):
         L = lengths[group[-1]]
@@ -114,12 +115,12 @@ def attention_plan(
         places += [torch.cat(here) + head for head in range(heads)]
         seen = torch.eye(L, dtype=torch.bool).repeat(len(group), 1, 1)          # a place that pads sees itself
         for mask, b in zip(seen, group): mask[:lengths[b], :lengths[b]] = tree_mask(*parts[b], window=window)
-        hidden.append(moved(~seen[:, None, None]))
+        bias.append(moved(torch.zeros(seen.shape, dtype=dtype).masked_fill_(~seen, -torch.inf)))
     flat = torch.cat(places)
     used = (flat >= 0).nonzero().squeeze(1)
     back = torch.empty(heads*sum(lengths), dtype=torch.long).index_copy_(0, flat[used], used)
     padding = None if len(used) == len(flat) else moved((flat < 0)[:, None])
-    return AttentionPlan(moved(flat.clamp(min=0)), moved(back), hidden, padding, heads)
+    return AttentionPlan(moved(flat.clamp(min=0)), moved(back), bias, padding, heads)
 
 # %% ../nbs/04c_attention.ipynb #b440ddc9
 def at_least_float32(x: Tensor) -> Tensor:
@@ -133,18 +134,17 @@ def _blocks(k: Tensor) -> list[tuple[int, int]]:
     size, L = BLOCK.get(k.device.type, BLOCK['cuda']), k.shape[1]
     return [(start, min(start + size, L)) for start in range(0, L, size)]
 
-def _weights(q: Tensor, k: Tensor, hidden: Tensor, scaling: float, start: int, end: int) -> Tensor:
+def _weights(q: Tensor, k: Tensor, bias: Tensor, scaling: float, start: int, end: int) -> Tensor:
     "Attention weights of a block of a group's queries."
     share = q.shape[1] // k.shape[1]
     rows = q[:, start*share:end*share]
     scores = torch.baddbmm(q.new_zeros(1, 1, 1), rows, k[:, :end].mT, beta=0, alpha=scaling)
-    hide = hidden[:, 0, 0, start:end, None, :end]
-    scores.view(-1, len(hidden), end - start, share, end).masked_fill_(hide, -torch.inf)
+    scores.view(-1, len(bias), end - start, share, end).add_(bias[:, start:end, None, :end])   # a mask takes far longer
     return scores.softmax(-1, dtype=torch.promote_types(scores.dtype, torch.float32)).to(k.dtype)
 
-def _attend(q: Tensor, k: Tensor, v: Tensor, hidden: Tensor, scaling: float) -> tuple[Tensor, list[Tensor]]:
+def _attend(q: Tensor, k: Tensor, v: Tensor, bias: Tensor, scaling: float) -> tuple[Tensor, list[Tensor]]:
     "Output of a group, and the weights of its blocks."
-    weights = [_weights(q, k, hidden, scaling, *block) for block in _blocks(k)]
+    weights = [_weights(q, k, bias, scaling, *block) for block in _blocks(k)]
     return torch.cat([w @ v[:, :w.shape[-1]] for w in weights], 1), weights
 
 # %% ../nbs/04c_attention.ipynb #5c1e9a70
@@ -154,14 +154,14 @@ def _onto(total: Tensor|None, x: Tensor) -> Tensor:
     total[:, :x.shape[1]] += x
     return total
 
-def _attend_back(g: Tensor, along: Tensor, q: Tensor, k: Tensor, v: Tensor, known: list[Tensor], hidden: Tensor,
+def _attend_back(g: Tensor, along: Tensor, q: Tensor, k: Tensor, v: Tensor, known: list[Tensor], bias: Tensor,
                  scaling: float):
     "Gradients of q, k and v of a group, from that of its output, `along` the row sums of both, and weights if known."
     share, grad_q, blocks = q.shape[1] // k.shape[1], [], _blocks(k)
     grad_k = grad_v = None
     for i, (start, end) in [*enumerate(blocks)][::-1]:      # the last block has every key
         rows, keys = slice(start*share, end*share), slice(end)
-        weights = known[i] if known else _weights(q, k, hidden, scaling, start, end)
+        weights = known[i] if known else _weights(q, k, bias, scaling, start, end)
         d = (g[:, rows] @ v[:, keys].mT).sub_(along[:, rows]).mul_(weights)
         grad_q.append(torch.baddbmm(q.new_zeros(1, 1, 1), d, k[:, keys], beta=0, alpha=scaling))
         grad_k = _onto(grad_k, torch.baddbmm(q.new_zeros(1, 1, 1), d.mT, q[:, rows], beta=0, alpha=scaling))
@@ -176,7 +176,7 @@ class _PackedAttention(torch.autograd.Function):
     @staticmethod
     def forward(query, key, value, plan, scaling):
         groups = [*zip(*(plan.groups(x) for x in (query, key, value)))]
-        found = [_attend(q, k, v, hidden, scaling) for (q, k, v), hidden in zip(groups, plan.hidden)]
+        found = [_attend(q, k, v, bias, scaling) for (q, k, v), bias in zip(groups, plan.bias)]
         keep = sum(w.nbytes for _, weights in found for w in weights) <= KEEP_WEIGHTS
         kept = (x for qkv, (_, weights) in zip(groups, found) for x in (*qkv, *(weights if keep else ())))
         return plan.whole([out for out, _ in found]), *kept
@@ -190,12 +190,12 @@ class _PackedAttention(torch.autograd.Function):
     @staticmethod
     def backward(ctx, grad, *_):
         out, *rest = ctx.saved_tensors
-        kept, again, found = iter(rest), len(rest) == 3*len(ctx.plan.hidden), []
+        kept, again, found = iter(rest), len(rest) == 3*len(ctx.plan.bias), []
         along = ctx.plan.groups((grad * out).sum(-1, keepdim=True).transpose(0, 1))
-        for g, a, hidden in zip(ctx.plan.groups(grad.transpose(0, 1)), along, ctx.plan.hidden):
+        for g, a, bias in zip(ctx.plan.groups(grad.transpose(0, 1)), along, ctx.plan.bias):
             q, k, v = islice(kept, 3)
             known = [] if again else list(islice(kept, len(_blocks(k))))
-            found.append(_attend_back(g, a, q, k, v, known, hidden, ctx.scaling))
+            found.append(_attend_back(g, a, q, k, v, known, bias, ctx.scaling))
         return *(ctx.plan.whole(list(gs)).transpose(0, 1) for gs in zip(*found)), None, None
 
 # %% ../nbs/04c_attention.ipynb #4fd86961
@@ -209,13 +209,13 @@ def attend_in_blocks(
     softcap: float|None=None,   # squashes scores to within plus or minus this
 ) -> Tensor: # `(T, H, D)`
     "Attention within each packed pair, as batched products."
-    made = 'blocks', key.shape[0], window
-    plan = batch.once(made, lambda: attention_plan(batch.parts, key.shape[0], window, query.device))
+    made = 'blocks', key.shape[0], window, query.dtype
+    plan = batch.once(made, lambda: attention_plan(batch.parts, key.shape[0], window, query.device, query.dtype))
     if softcap is None: return _PackedAttention.apply(query, key, value, plan, scaling)[0]
-    def squashed(q, k, v, hidden):
-        q, hidden = q.unflatten(1, (k.shape[1], -1)).transpose(1, 2), hidden.repeat(plan.heads, 1, 1, 1, 1)
+    def squashed(q, k, v, bias):
+        q, hidden = q.unflatten(1, (k.shape[1], -1)).transpose(1, 2), bias.repeat(plan.heads, 1, 1)[:, None, None] < 0
         return pair_attention(q, k[:, None], v[:, None], hidden, scaling, softcap).transpose(1, 2).flatten(1, 2)
-    groups = zip(*(plan.groups(x) for x in (query, key, value)), plan.hidden)
+    groups = zip(*(plan.groups(x) for x in (query, key, value)), plan.bias)
     return plan.whole([squashed(*group) for group in groups])
 
 # %% ../nbs/04c_attention.ipynb #1a0c9df2
