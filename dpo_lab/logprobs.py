@@ -6,15 +6,17 @@
 __all__ = ['NOT_PACKED', 'HEAD_CHUNK', 'KEEP_BYTES', 'AFTER_HEAD', 'TOKEN_LOGPS', 'LAYOUTS', 'TOLERANCE', 'EXACT', 'SMALL',
            'padded_inputs', 'target_logps', 'padded_logits', 'padded_token_logps', 'shared_prompt_attention',
            'window_of', 'use_shared_prompt_attention', 'restore_attention', 'base_transformer', 'scored_head',
-           'plain_head', 'packed_inputs', 'packed_token_logps', 'packed_fused_token_logps', 'packed_logits',
-           'packed_logits_token_logps', 'probe_rows', 'alone', 'refusal', 'first_right', 'probe', 'find_layout',
-           'use_layout', 'steady_length', 'token_logps', 'pair_logps', 'scored_log_softmax', 'completion_confidence',
-           'completion_kl', 'token_entropy', 'product_error', 'use_exact_products', 'use_fitting_threads']
+           'tied_lookup', 'plain_head', 'packed_inputs', 'places_read', 'packed_token_logps',
+           'packed_fused_token_logps', 'packed_logits', 'packed_logits_token_logps', 'probe_rows', 'alone', 'refusal',
+           'first_right', 'probe', 'find_layout', 'use_layout', 'steady_length', 'token_logps', 'pair_logps',
+           'scored_log_softmax', 'completion_confidence', 'completion_kl', 'token_entropy', 'product_error',
+           'use_exact_products', 'use_fitting_threads']
 
 # %% ../nbs/05_logprobs.ipynb #77fcdbeb
 import sys
 import warnings
 from collections.abc import Callable
+from contextlib import nullcontext
 from functools import partial
 from typing import Any
 from weakref import WeakKeyDictionary
@@ -169,7 +171,7 @@ def _head(hidden: Tensor, weight: Tensor, bias: Tensor|None) -> Callable[[Tensor
 class _ScoredHead(torch.autograd.Function):
     "Log-probs of targets from hidden states, chunk by chunk, with their closed-form gradient."
     @staticmethod
-    def forward(ctx, hidden, weight, bias, targets, chunk, keep_bytes):
+    def forward(ctx, hidden, weight, bias, targets, chunk, keep_bytes, shared):
         head = _head(hidden, weight, bias)
         keep = 4 * len(hidden) * len(weight) <= keep_bytes and any(ctx.needs_input_grad)
         logps, tops, totals, kept = [], [], [], []
@@ -182,7 +184,7 @@ class _ScoredHead(torch.autograd.Function):
             logps.append(hit - totals[-1].log())
             if keep: kept.append(odds)
         ctx.save_for_backward(hidden, weight, bias, targets, torch.cat(tops), torch.cat(totals))
-        ctx.chunk, ctx.kept = chunk, kept       # not saved tensors: the way back writes in them
+        ctx.shared, ctx.chunk, ctx.kept = shared, chunk, kept   # not saved tensors: the way back writes in them
         return torch.cat(logps).squeeze(1)
 
     @staticmethod
@@ -201,8 +203,9 @@ class _ScoredHead(torch.autograd.Function):
             if ctx.needs_input_grad[1]: grad_W = _plus(grad_W, d.T @ (h * scale).to(low.dtype))
             if bias is not None and ctx.needs_input_grad[2]: grad_b = _plus(grad_b, odds.T @ scale.squeeze(1))
             odds.scatter_(1, t, hit)                                # as it was: a graph may be walked twice
+        if ctx.shared is not None: ctx.shared['gradient'], grad_W = grad_W, None
         return (torch.cat(grad_h), None if grad_W is None else grad_W.to(weight.dtype),
-                None if grad_b is None else grad_b.to(bias.dtype), None, None, None)
+                None if grad_b is None else grad_b.to(bias.dtype), *[None]*4)
 
 def _plus(total: Tensor|None, x: Tensor) -> Tensor: return x if total is None else at_least_float32(total).add_(x)
 
@@ -216,10 +219,44 @@ def scored_head(
     bias: Tensor|None=None,     # `(V,)`
     chunk: int=HEAD_CHUNK,      # positions at a time
     keep_bytes: int=KEEP_BYTES, # probabilities are kept for the backward pass up to this, recomputed beyond
+    shared: dict|None=None,     # of `tied_lookup`, which then gives the weight its whole gradient
 ) -> Tensor: # `(S,)` nats, float32
     "Log-probs of the scored tokens."
     if hidden.dtype == torch.float64: return target_logps(F.linear(hidden, weight, bias), targets)
-    return _ScoredHead.apply(hidden, weight, bias, targets, chunk, keep_bytes if torch.is_grad_enabled() else 0)
+    kept = keep_bytes if torch.is_grad_enabled() else 0
+    return _ScoredHead.apply(hidden, weight, bias, targets, chunk, kept, shared)
+
+# %% ../nbs/05_logprobs.ipynb #46e98780
+class _TiedLookup(torch.autograd.Function):
+    "Rows of a table that is the head's weight too, with the gradient of both uses."
+    @staticmethod
+    def forward(ctx, table, ids, ignored, shared):
+        ctx.save_for_backward(table, ids)
+        ctx.ignored, ctx.shared = ignored, shared
+        return F.embedding(ids, table)
+
+    @staticmethod
+    def backward(ctx, grad):
+        table, ids = ctx.saved_tensors
+        total = ctx.shared.pop('gradient', None)                # none where nobody asks the head
+        if total is None: total = torch.zeros_like(table)
+        tokens, place = ids.unique(return_inverse=True)
+        rows = grad.new_zeros(len(tokens), grad.shape[-1], dtype=torch.promote_types(grad.dtype, torch.float32))
+        rows.index_add_(0, place.flatten(), grad.flatten(0, -2).to(rows.dtype))
+        if ctx.ignored is not None: rows[tokens == ctx.ignored] = 0
+        total[tokens] = (total[tokens] + rows).to(total.dtype)
+        return total.to(table.dtype), None, None, None
+
+def tied_lookup(
+    model: Any,     # a transformers model
+    ids: Tensor,    # `(1, T)` token ids
+) -> tuple[Tensor, dict]|None: # `(1, T, H)` embeddings, and what `scored_head` shares with them; None: nothing to share
+    "Look tokens up in a table that is the head's weight too, if it is trained, and on a CPU."
+    own, table = model.get_input_embeddings(), model.get_output_embeddings().weight
+    if type(own) is not nn.Embedding or own.weight is not table or own._forward_hooks: return None
+    if table.device.type != 'cpu' or not (table.requires_grad and torch.is_grad_enabled()): return None
+    shared: dict = {}
+    return _TiedLookup.apply(table, ids, own.padding_idx, shared), shared
 
 # %% ../nbs/05_logprobs.ipynb #e36a1482
 AFTER_HEAD = 'final_logit_softcapping', 'logit_scale', 'logits_scaling', 'lm_head_multiplier', 'output_multiplier'
@@ -244,16 +281,26 @@ def packed_inputs(
     return dict(input_ids=batch.input_ids[None], position_ids=batch.position_ids[None], attention_mask=mask,
                 use_cache=False, pair_batch=batch)
 
-def packed_token_logps(model: nn.Module, batch: PairBatch) -> Tensor:
+def places_read(
+    batch: PairBatch, # packed pairs
+) -> Tensor|None: # places in the row, each once; None: not to be known without waiting for a GPU
+    "Where the head reads: the two sides of a pair begin after the same token."
+    return None if batch.predictors.is_cuda else batch.once('read', batch.predictors.unique)
+
+def packed_token_logps(model: nn.Module, batch: PairBatch, fused: bool=False) -> Tensor:
     "Log-probs of the scored tokens: packed attention, scored head."
-    inner = base_transformer(model)
+    inner, inputs, shared = base_transformer(model), packed_inputs(batch), None
     head = plain_head(inner)
-    hidden = inner.base_model(**packed_inputs(batch)).last_hidden_state[0]
-    return scored_head(hidden[batch.predictors], head.weight, batch.targets, head.bias)
+    if fused and (tied := tied_lookup(inner, inputs['input_ids'])):
+        del inputs['input_ids']
+        inputs['inputs_embeds'], shared = tied
+    with fused_layers(inner, places_read(batch)) if fused else nullcontext():
+        hidden = inner.base_model(**inputs).last_hidden_state[0]
+    return scored_head(hidden[batch.predictors], head.weight, batch.targets, head.bias, shared=shared)
 
 def packed_fused_token_logps(model: nn.Module, batch: PairBatch) -> Tensor:
-    "Log-probs of the scored tokens: `packed_token_logps` with fused layers."
-    with fused_layers(base_transformer(model)): return packed_token_logps(model, batch)
+    "Log-probs of the scored tokens: `packed_token_logps` with fused layers and a `tied_lookup`."
+    return packed_token_logps(model, batch, fused=True)
 
 def packed_logits(model: nn.Module, batch: PairBatch) -> Tensor: # `(S, V)`
     "Logits that predict the scored tokens: packed attention, the model's own head on scored positions."

@@ -1,4 +1,7 @@
 "Packed log-probs against plain padded transformers, across architectures."
+import os
+import subprocess
+import sys
 import warnings
 
 import pytest
@@ -315,3 +318,13 @@ def test_no_layout_is_used_that_gives_other_numbers():
 
 
 def test_the_command_line_knows_all_layouts(): assert LAYOUT_NAMES == (*TOKEN_LOGPS,)
+
+
+@pytest.mark.skipif(sys.platform != 'linux', reason='large pages are asked of Linux')
+@pytest.mark.parametrize('asked, large', [(None, True), ('0', False)])
+def test_importing_the_package_asks_for_large_pages_unless_told_not_to(asked, large):
+    code = 'import dpo_lab, torch; print(torch.empty(2**24, dtype=torch.uint8).data_ptr() % 4096)'   # where one begins
+    env = {k: v for k, v in os.environ.items() if k != 'THP_MEM_ALLOC_ENABLE'}
+    if asked is not None: env['THP_MEM_ALLOC_ENABLE'] = asked
+    done = subprocess.run([sys.executable, '-c', code], env=env, capture_output=True, text=True, check=True)
+    assert (done.stdout.strip() == '0') == large
