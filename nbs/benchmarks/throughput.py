@@ -7,7 +7,7 @@ ways. `trl_tuned`: reference precomputed, micro-batch and attention searched on 
 float32 products and the fused optimiser that dpo_lab uses. `trl_stock`: reference precomputed, one pair at a time, its
 own attention and PyTorch's default products. `trl_documented`: as its documentation starts it, with a live reference,
 the whole batch at once and gradient checkpointing, which is its default. The allocator settings of the environment
-hold for all.
+hold for all, and so do the large pages that `import dpo_lab` asks for.
 """
 import gc
 import json
@@ -173,9 +173,12 @@ def work(c, model, rows):
     "GFLOP that one exact step on these rows cannot avoid, without attention."
     tables = {model.get_input_embeddings().weight, model.get_output_embeddings().weight}     # the first is looked up
     head = model.get_output_embeddings().weight.numel()
-    body = sum(p.numel() for n, p in model.named_parameters() if 'lora_' not in n and p not in tables)
+    body = {n: p.numel() for n, p in model.named_parameters() if 'lora_' not in n and p not in tables}
+    last = f'layers.{model.config.num_hidden_layers - 1}.'      # but for its keys and values, at places that are read
+    late = sum(size for n, size in body.items() if last in n and 'k_proj' not in n and 'v_proj' not in n)
     tokens, scored = sum(row.num_tokens for row in rows), sum(sizes_of(rows))
-    return (4 if c.lora_rank else 6) * (body*tokens + head*scored) / 1e9
+    read = sum(len(collate([row]).predictors.unique()) for row in rows)
+    return (4 if c.lora_rank else 6) * ((sum(body.values()) - late)*tokens + late*read + head*scored) / 1e9
 
 
 def alone(script, c, **changed):
@@ -194,7 +197,7 @@ def peak_gb():
 
 def allocator():
     "Settings of the allocator in the environment."
-    return {k: v for k, v in os.environ.items() if k.startswith('MALLOC_')}
+    return {k: v for k, v in os.environ.items() if k.startswith(('MALLOC_', 'THP_'))}
 
 
 def add_line(path, result):
@@ -311,8 +314,8 @@ def machine(products):
     cpu = next((line.split(':')[1].strip() for line in open('/proc/cpuinfo') if line.startswith('model name')),
                platform.processor()) if os.path.exists('/proc/cpuinfo') else platform.processor()
     gpu = {'gpu': torch.cuda.get_device_name()} if torch.cuda.is_available() else {}
-    return gpu | dict(cpu=cpu, threads=torch.get_num_threads(), torch=torch.__version__, trl=trl.__version__,
-                products=products, allocator=allocator())
+    return gpu | dict(cpu=cpu, instructions=torch.backends.cpu.get_cpu_capability(), threads=torch.get_num_threads(),
+                      torch=torch.__version__, trl=trl.__version__, products=products, allocator=allocator())
 
 
 if __name__ == '__main__' and '__file__' in globals(): main(chz.entrypoint(Bench))
