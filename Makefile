@@ -17,7 +17,7 @@ demo: $(VENV)/core
 
 test: $(VENV)/dev
 	@OMP_NUM_THREADS=1 $(BIN)/nbdev-test --n-workers 2 --do-print
-	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile $(ARGS)
+	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder $(ARGS)
 
 lab: $(VENV)/dev
 	@$(BIN)/dpo_lab lab $(ARGS)
