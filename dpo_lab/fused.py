@@ -170,8 +170,8 @@ def rotary(
 @cache
 def _with_rotary(forward: FunctionType) -> FunctionType|None:
     "A copy of an attention's forward that calls `rotary`, if that does what the forward calls now."
-    name, known = 'apply_rotary_pos_emb', forward.__globals__
-    if name not in forward.__code__.co_names or name not in known: return None
+    name, known = 'apply_rotary_pos_emb', getattr(forward, '__globals__', {})
+    if name not in known or name not in forward.__code__.co_names: return None
     g, own = torch.Generator().manual_seed(0), known[name]
     q, k, cos, sin = (torch.randn(1, *shape, 8, generator=g) for shape in ((2, 3), (1, 3), (3,), (3,)))
     try: off = max((a - b).abs().max().item() for a, b in zip(rotary(q, k, cos, sin), own(q, k, cos, sin)))
