@@ -139,7 +139,7 @@ def _weights(q: Tensor, k: Tensor, bias: Tensor, scaling: float, start: int, end
     share = q.shape[1] // k.shape[1]
     rows = q[:, start*share:end*share]
     scores = torch.baddbmm(q.new_zeros(1, 1, 1), rows, k[:, :end].mT, beta=0, alpha=scaling)
-    scores.view(-1, len(bias), end - start, share, end).add_(bias[:, start:end, None, :end])   # a mask takes far longer
+    scores.view(-1, len(bias), end - start, share, end).add_(bias[:, start:end, None, :end])
     return scores.softmax(-1, dtype=torch.promote_types(scores.dtype, torch.float32)).to(k.dtype)
 
 def _attend(q: Tensor, k: Tensor, v: Tensor, bias: Tensor, scaling: float) -> tuple[Tensor, list[Tensor]]:

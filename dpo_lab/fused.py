@@ -167,6 +167,7 @@ def rotary(
     cos, sin = cos.unsqueeze(unsqueeze_dim), sin.unsqueeze(unsqueeze_dim)
     return _Rotary.apply(query, cos, sin), _Rotary.apply(key, cos, sin)
 
+# %% ../nbs/04b_fused.ipynb #761b6bd9
 @cache
 def _with_rotary(forward: FunctionType) -> FunctionType|None:
     "A copy of an attention's forward that calls `rotary`, if that does what the forward calls now."

@@ -247,6 +247,7 @@ class _TiedLookup(torch.autograd.Function):
         total[tokens] = (total[tokens] + rows).to(total.dtype)
         return total.to(table.dtype), None, None, None
 
+# %% ../nbs/05_logprobs.ipynb #01e3d007
 def tied_lookup(
     model: Any,     # a transformers model
     ids: Tensor,    # `(1, T)` token ids
@@ -281,6 +282,7 @@ def packed_inputs(
     return dict(input_ids=batch.input_ids[None], position_ids=batch.position_ids[None], attention_mask=mask,
                 use_cache=False, pair_batch=batch)
 
+# %% ../nbs/05_logprobs.ipynb #7858d309
 def places_read(
     batch: PairBatch, # packed pairs
 ) -> Tensor|None: # places in the row, each once; None: not to be known without waiting for a GPU
@@ -302,6 +304,7 @@ def packed_fused_token_logps(model: nn.Module, batch: PairBatch) -> Tensor:
     "Log-probs of the scored tokens: `packed_token_logps` with fused layers and a `tied_lookup`."
     return packed_token_logps(model, batch, fused=True)
 
+# %% ../nbs/05_logprobs.ipynb #fb9edd6b
 def packed_logits(model: nn.Module, batch: PairBatch) -> Tensor: # `(S, V)`
     "Logits that predict the scored tokens: packed attention, the model's own head on scored positions."
     return base_transformer(model)(**packed_inputs(batch), logits_to_keep=batch.predictors).logits[0]

@@ -220,8 +220,8 @@ def test_the_better_model_wins_by_the_true_reward(base, tuned):
 
 def test_the_sampled_kl_is_near_the_exact_one(base, tuned):
     def logps(s, p): return space_logps(s.model, s.tokenizer, p)
-    exact = np.mean([policy_kl(logps(tuned, p), logps(base, p)) for p in prompts('test')[:2]])
-    found = sampled_kl(tuned, base, ASKED[:2], k=60, max_new_tokens=32)
+    exact = np.mean([policy_kl(logps(tuned, p), logps(base, p)) for p in prompts('test')[:4]])
+    found = sampled_kl(tuned, base, ASKED[:4], k=60, max_new_tokens=32)
     assert abs(found['kl'] - exact) < max(.15*exact, found['kl_high'] - found['kl_low'])
-    assert sampled_kl(base, base, ASKED[:2], max_new_tokens=32)['kl'] == pytest.approx(0, abs=1e-4)
+    assert sampled_kl(base, base, ASKED[:4], max_new_tokens=32)['kl'] == pytest.approx(0, abs=1e-4)
     assert torch.is_grad_enabled()

@@ -194,28 +194,18 @@ def test_the_last_mlp_runs_where_it_is_read():
     assert off[read].max() < 1e-5 and off[unread].min() > 1e-3 and 0 < len(read) < len(batch.predictors)
 
 
-def tables(model, ways=('packed', 'packed_fused'), walks=1, wanted=None):
-    "Gradients of a tied table, plain and fused."
-    batch = collate(random_rows(8))
+@pytest.mark.parametrize('walks, asked', [(1, ['table']), (2, ['table']), (1, ['deep', 'table']), (1, ['deep'])])
+def test_a_tied_table_gets_the_gradient_of_both_uses(walks, asked):
+    model, batch = random_model('smollm3'), collate(random_rows(8))     # has an ignored row, which the pairs hold
+    table, found = model.get_input_embeddings(), []
+    assert tied_lookup(model, batch.input_ids[None]) and (batch.input_ids == table.padding_idx).any()
+    weights = {'table': table.weight, 'deep': model.model.layers[1].mlp.up_proj.weight}
     find_layout(model)
-    for way in ways:
-        tokens = TOKEN_LOGPS[way](model, batch)
-        for last in range(walks)[::-1]:
-            found = torch.autograd.grad(tokens.sum(), wanted or [model.get_input_embeddings().weight],
-                                        retain_graph=last > 0)
-        yield found[-1]
-
-def test_a_tied_table_gets_the_gradient_of_both_uses():
-    model = random_model('smollm3')                             # has an ignored row, which the pairs hold
-    ids, table = collate(random_rows(8)).input_ids, model.get_input_embeddings()
-    assert tied_lookup(model, ids[None]) and (ids == table.padding_idx).any()
-    wanted = [model.model.layers[1].mlp.up_proj.weight, table.weight]
-    for some in (dict(), dict(walks=2), dict(wanted=wanted)):
-        plain, fused = tables(model, **some)
-        assert (plain - fused).norm() < 1e-6 * plain.norm()
-    deep = wanted[:1]                                           # the table is not asked for
-    plain, fused = tables(model, wanted=deep)
-    assert (plain - fused).norm() < 1e-6 * plain.norm()
+    for layout in ('packed', 'packed_fused'):
+        total = TOKEN_LOGPS[layout](model, batch).sum()
+        for _ in range(walks): grads = torch.autograd.grad(total, [weights[name] for name in asked], retain_graph=True)
+        found.append(torch.cat([grad.flatten() for grad in grads]))
+    assert (found[0] - found[1]).norm() < 1e-6 * found[0].norm()
 
 def test_what_is_not_one_trained_table_is_left_to_autograd():
     def asked(change, name='smollm3'):

@@ -14,12 +14,11 @@ from dpo_lab.train import Config
 METRICS = ('dpo_loss', 'margin', 'grad_norm', 'test/margin', 'test/nll', 'test/accuracy')
 
 
-@pytest.mark.parametrize('rank, axis, small', [
-    (0, {'dpo_beta': [.1, .5]}, SMALL), (4, {'loss': ['sigmoid', 'ipo']}, SMALL), (4, {'dpo_beta': [.1, .5]}, 0)])
-def test_each_point_has_the_numbers_of_its_single_run(tmp_path, monkeypatch, rank, axis, small):
+@pytest.mark.parametrize('rank, alike, small', [(0, {}, SMALL), (4, {'loss': ['sigmoid', 'ipo']}, SMALL), (4, {}, 0)])
+def test_each_point_has_the_numbers_of_its_single_run(tmp_path, monkeypatch, rank, alike, small):
     monkeypatch.setattr('dpo_lab.lockstep.SMALL', small)        # 0: the points take turns
     config = Config(log_path=str(tmp_path/'together'), max_steps=3, eval_every=0, lora_rank=rank)
-    axes = dict(learning_rate=[1e-4, 1e-3]) | axis
+    axes = dict(dpo_beta=[.1, .5], learning_rate=[1e-4, 1e-3]) | alike
     begun = begin_sweep(config, axes)
     steps = [dict(shown) for shown in train_together(begun)]
     alone = sweep(chz.replace(config, log_path=str(tmp_path/'alone')), **axes)

@@ -174,7 +174,7 @@ def work(c, model, rows):
     tables = {model.get_input_embeddings().weight, model.get_output_embeddings().weight}     # the first is looked up
     head = model.get_output_embeddings().weight.numel()
     body = {n: p.numel() for n, p in model.named_parameters() if 'lora_' not in n and p not in tables}
-    last = f'layers.{model.config.num_hidden_layers - 1}.'      # but for its keys and values, at places that are read
+    last = f'layers.{model.config.num_hidden_layers - 1}.'      # but for keys and values only where the head reads
     late = sum(size for n, size in body.items() if last in n and 'k_proj' not in n and 'v_proj' not in n)
     tokens, scored = sum(row.num_tokens for row in rows), sum(sizes_of(rows))
     read = sum(len(collate([row]).predictors.unique()) for row in rows)
