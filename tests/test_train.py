@@ -7,13 +7,14 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 from safetensors.torch import load_file
 
 from dpo_lab.runs import Run
-from dpo_lab.train import LAYOUT_NAMES, Config, main, run_dpo
+from dpo_lab.train import LAYOUT_NAMES, Config, load_model, main, run_dpo
 
 ROOT = Path(__file__).parent.parent
 
@@ -345,3 +346,13 @@ def test_a_misspelt_data_set_is_told_before_a_model_is_loaded(slip, told, tmp_pa
     monkeypatch.setattr('dpo_lab.models.load_policy', lambda *words: pytest.fail('a model was loaded'))
     with pytest.raises((ValueError, FileNotFoundError), match=told):
         [*run_dpo(Config(log_path=f'{tmp_path}/run', **slip))]
+
+
+@pytest.mark.parametrize('dtype, times, told', [
+    ('bfloat16', 50., True), ('bfloat16', .5, False), ('float32', 50., False)])
+def test_a_dtype_that_the_cpu_is_slow_in_is_told(tmp_path, monkeypatch, recwarn, dtype, times, told):
+    monkeypatch.setattr('dpo_lab.logprobs.product_seconds', {torch.bfloat16: times, torch.float32: 1.}.get)
+    config = short(tmp_path, model_name='tiny', dtype=dtype, device='cpu')
+    load_model(SimpleNamespace(config=config, say=quiet, path=tmp_path))
+    said = [str(w.message).partition(' ones')[0] for w in recwarn]
+    assert said == ['bfloat16 products take 50 times as long as float32']*told
