@@ -22,6 +22,12 @@ from dpo_lab.reference import reference_logps, with_reference
 from dpo_lab.renderers import get_renderer
 
 VOCABULARY = 101
+LONG = 'test_benchmarks', 'test_browser', 'test_lockstep', 'test_sweep', 'test_train', 'test_widgets'
+
+
+def pytest_collection_modifyitems(items):
+    "Files that take minutes go first, so that no worker is left alone with one at the end."
+    items.sort(key=lambda item: item.path.stem not in LONG)
 
 
 def random_rows(n=12, seed=0, empty_prompts=True):
