@@ -204,7 +204,6 @@ def test_nbdevs_own_docs_command_gets_as_far_as_quarto(tmp_path):
     assert len(list(tmp_path.glob('_proc/*.ipynb'))) == len(list((ROOT/'nbs').glob('*.ipynb')))
 
 
-
 # -- widgets without a kernel
 
 SLIDER = '''

@@ -328,3 +328,10 @@ def test_importing_the_package_asks_for_large_pages_unless_told_not_to(asked, la
     if asked is not None: env['THP_MEM_ALLOC_ENABLE'] = asked
     done = subprocess.run([sys.executable, '-c', code], env=env, capture_output=True, text=True, check=True)
     assert (done.stdout.strip() == '0') == large
+
+
+def test_a_timed_product_leaves_the_threads_as_they_were():
+    before = torch.get_num_threads()
+    torch.set_num_threads(2)
+    try: assert L.product_seconds(torch.float32) > 0 and torch.get_num_threads() == 2
+    finally: torch.set_num_threads(before)
