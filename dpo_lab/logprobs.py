@@ -10,7 +10,7 @@ __all__ = ['NOT_PACKED', 'HEAD_CHUNK', 'KEEP_BYTES', 'AFTER_HEAD', 'TOKEN_LOGPS'
            'packed_fused_token_logps', 'packed_logits', 'packed_logits_token_logps', 'probe_rows', 'alone', 'refusal',
            'first_right', 'probe', 'find_layout', 'use_layout', 'steady_length', 'token_logps', 'pair_logps',
            'scored_log_softmax', 'completion_confidence', 'completion_kl', 'token_entropy', 'product_error',
-           'use_exact_products', 'product_seconds', 'warn_of_slow_products', 'use_fitting_threads']
+           'use_exact_products', 'product_seconds', 'slow_products', 'use_fitting_threads']
 
 # %% ../nbs/05_logprobs.ipynb #77fcdbeb
 import sys
@@ -510,7 +510,7 @@ def use_exact_products() -> str: # what was chosen and why, in a sentence
     return f"float32 products '{name}', relative error {error:.1e}"
 
 # %% ../nbs/05_logprobs.ipynb #d13329c1
-SLOW = 4.   # times as long as in float32, from which products of a dtype are worth a warning
+SLOW = 4.   # times as long as in float32, from which products of a dtype are worth a sentence
 
 def product_seconds(
     dtype: torch.dtype, # of both matrices
@@ -522,14 +522,13 @@ def product_seconds(
     try: return min(timeit.repeat(lambda: a @ b, number=1, repeat=10))
     finally: torch.set_num_threads(threads)
 
-def warn_of_slow_products(
+def slow_products(
     name: str, # of a dtype
-):
-    "Warn where this CPU is much slower in a dtype than in float32."
+) -> str: # what to know of it, in a sentence; empty if nothing
+    "Whether this CPU is much slower in a dtype than in float32."
     times = product_seconds(getattr(torch, name)) / product_seconds(torch.float32)
-    if times > SLOW:
-        warnings.warn(f"{name} products take {times:.0f} times as long as float32 ones on this CPU: "
-                      "dtype=float32 trains faster here")
+    if times <= SLOW: return ''
+    return f'{name} products take {times:.0f} times as long here as float32 ones: dtype=float32 trains faster'
 
 # %% ../nbs/05_logprobs.ipynb #ad475cc8
 SMALL = 5_000_000   # parameters

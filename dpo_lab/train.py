@@ -584,7 +584,7 @@ def load_model(
     exp: Experiment, # its config is settled; model and tokenizer are set here
 ):
     "Load the model of a run, where it runs fastest, and check that the disk can hold it."
-    from dpo_lab.logprobs import use_exact_products, use_fitting_threads, use_layout, warn_of_slow_products
+    from dpo_lab.logprobs import slow_products, use_exact_products, use_fitting_threads, use_layout
     from dpo_lab.models import load_policy
     c, say = exp.config, exp.say
     exp.model, exp.tokenizer = load_policy(
@@ -593,7 +593,7 @@ def load_model(
     say(f'model      {model_line(exp.model)}')
     if exp.model.device.type == 'cpu':
         say(f'threads    {use_fitting_threads(exp.model)}; {use_exact_products()}')
-        if c.dtype != 'float32': warn_of_slow_products(c.dtype)
+        if c.dtype != 'float32' and (told := slow_products(c.dtype)): say(f'dtype      {told}')
     if c.layout: use_layout(exp.model, c.layout)
     check_disk(exp.model, c, exp.path)
 
