@@ -839,7 +839,8 @@ def run_dpo(
 
 # %% ../nbs/09_train.ipynb #1a5d449f
 def metrics_table(
-    metrics, # `StepMetrics`
+    metrics,                    # `StepMetrics`
+    earlier: dict|None=None,    # name -> the step at which it was measured, where that is not this one
 ):
     "The guide's two-column table of a step."
     from rich.table import Table
@@ -849,7 +850,8 @@ def metrics_table(
         if name.endswith(('_low', '_high')): continue
         low, high = metrics.get(f'{name}_low'), metrics.get(f'{name}_high')
         interval = '' if low is None else rf'  \[{low:.3g}, {high:.3g}]'
-        table.add_row(name, f'{metrics[name]:.6g}{interval}')
+        then = f'  (step {earlier[name]})' if earlier and name in earlier else ''
+        table.add_row(name, f'{metrics[name]:.6g}{interval}{then}')
     return table
 
 # %% ../nbs/09_train.ipynb #f9611c55
@@ -865,13 +867,14 @@ def follow(
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TimeRemainingColumn
     bar = Progress('training', BarColumn(), MofNCompleteColumn(), 'time left', TimeRemainingColumn(), console=console)
     task, shown = bar.add_task('training', total=experiment.total, completed=experiment.start), -math.inf
-    seen: dict[str, float] = {}         # the newest held-out metrics stay on the screen
+    seen: dict[str, tuple[int, float]] = {}     # the newest held-out metrics stay on the screen, with their step
     with Live(bar, console=console, refresh_per_second=4, transient=True) as live, interrupt_later(
             experiment.say) as heard:       # while we draw; a step holds it back by itself
         for metrics in experiment:
             bar.update(task, completed=metrics.step)
-            seen |= {k: v for k, v in metrics.items() if k.startswith('test/')}
-            table = metrics_table(type(metrics)(metrics.step, {**seen, **metrics}))
+            seen |= {k: (metrics.step, v) for k, v in metrics.items() if k.startswith('test/')}
+            known, earlier = ({k: pair[i] for k, pair in seen.items() if k not in metrics} for i in (1, 0))
+            table = metrics_table(type(metrics)(metrics.step, {**known, **metrics}), earlier)
             if console.is_terminal: live.update(Group(table, bar))
             elif time.monotonic() - shown > every or metrics.step == experiment.total:
                 console.print(table)

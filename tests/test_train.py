@@ -6,15 +6,18 @@ import signal
 import subprocess
 import sys
 import time
+from io import StringIO
 from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 import torch
+from rich.console import Console
 from safetensors.torch import load_file
 
 from dpo_lab.runs import Run
-from dpo_lab.train import LAYOUT_NAMES, Config, load_model, main, run_dpo
+from dpo_lab.train import LAYOUT_NAMES, Config, follow, load_model, main, run_dpo
+from dpo_lab.training import StepMetrics
 
 ROOT = Path(__file__).parent.parent
 
@@ -356,3 +359,19 @@ def test_a_dtype_that_the_cpu_is_slow_in_is_told(tmp_path, monkeypatch, dtype, t
     load_model(SimpleNamespace(config=config, say=lines.append, path=tmp_path))
     said = [line.partition(' ones')[0] for line in lines if line.startswith('dtype')]
     assert said == ['dtype      bfloat16 products take 50 times as long here as float32']*told
+
+
+class Steps:
+    "Two steps, as `follow` knows an experiment; held-out pairs are measured at the first."
+    start, total, say = 0, 1, staticmethod(quiet)
+    def __iter__(self):
+        yield StepMetrics(0, {'test/nll': .5, 'test/nll_low': .4, 'test/nll_high': .6, 'dpo_loss': .7})
+        yield StepMetrics(1, {'dpo_loss': .6})
+
+
+def test_the_table_says_when_an_older_number_was_measured():
+    screen = StringIO()
+    follow(Steps(), Console(file=screen, width=80), every=0.)
+    rows = [line.split('│')[1:3] for line in screen.getvalue().splitlines() if '│' in line]
+    def table(loss, then): return [('dpo_loss', loss), ('test/nll', f'0.5  [0.4, 0.6]{then}')]
+    assert [tuple(map(str.strip, row)) for row in rows] == table('0.7', '') + table('0.6', '  (step 0)')
