@@ -4,15 +4,18 @@
 
 # %% auto #0
 __all__ = ['NOT_PACKED', 'HEAD_CHUNK', 'KEEP_BYTES', 'AFTER_HEAD', 'TOKEN_LOGPS', 'LAYOUTS', 'TOLERANCE', 'EXACT', 'SLOW',
-           'SMALL', 'padded_inputs', 'target_logps', 'padded_logits', 'padded_token_logps', 'shared_prompt_attention',
-           'window_of', 'use_shared_prompt_attention', 'restore_attention', 'base_transformer', 'scored_head',
-           'tied_lookup', 'plain_head', 'packed_inputs', 'places_read', 'packed_token_logps',
-           'packed_fused_token_logps', 'packed_logits', 'packed_logits_token_logps', 'probe_rows', 'alone', 'refusal',
-           'first_right', 'probe', 'find_layout', 'use_layout', 'steady_length', 'token_logps', 'pair_logps',
-           'scored_log_softmax', 'completion_confidence', 'completion_kl', 'token_entropy', 'product_error',
-           'use_exact_products', 'product_seconds', 'slow_products', 'use_fitting_threads']
+           'SMALL', 'M_TRIM_THRESHOLD', 'M_MMAP_MAX', 'OWN_MIND', 'padded_inputs', 'target_logps', 'padded_logits',
+           'padded_token_logps', 'shared_prompt_attention', 'window_of', 'use_shared_prompt_attention',
+           'restore_attention', 'base_transformer', 'scored_head', 'tied_lookup', 'plain_head', 'packed_inputs',
+           'places_read', 'packed_token_logps', 'packed_fused_token_logps', 'packed_logits',
+           'packed_logits_token_logps', 'probe_rows', 'alone', 'refusal', 'first_right', 'probe', 'find_layout',
+           'use_layout', 'steady_length', 'token_logps', 'pair_logps', 'scored_log_softmax', 'completion_confidence',
+           'completion_kl', 'token_entropy', 'product_error', 'use_exact_products', 'product_seconds', 'slow_products',
+           'use_fitting_threads', 'keep_freed_memory', 'give_memory_back']
 
 # %% ../nbs/05_logprobs.ipynb #77fcdbeb
+import ctypes
+import os
 import sys
 import timeit
 import warnings
@@ -539,3 +542,20 @@ def use_fitting_threads(
     "Choose, for this process, one thread for a small model; leave the number alone otherwise."
     if sum(p.numel() for p in model.parameters()) < SMALL: torch.set_num_threads(1)
     return torch.get_num_threads()
+
+# %% ../nbs/05_logprobs.ipynb #c41be9d3
+M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4       # of glibc's malloc.h
+OWN_MIND = 'MALLOC_TRIM_THRESHOLD_', 'MALLOC_MMAP_MAX_', 'MALLOC_MMAP_THRESHOLD_', 'GLIBC_TUNABLES'
+
+def _glibc(name: str) -> Callable:
+    "A function of glibc, or where there is none one that does nothing."
+    return getattr(ctypes.CDLL(None) if sys.platform == 'linux' else None, name, lambda *_: 0)
+
+def keep_freed_memory() -> bool: # is it kept?
+    "Choose, for this process, to keep freed memory for what comes next, unless the environment is of its own mind."
+    if any(name in os.environ for name in OWN_MIND): return False
+    return bool(_glibc('mallopt')(M_MMAP_MAX, 0) and _glibc('mallopt')(M_TRIM_THRESHOLD, -1))
+
+def give_memory_back():
+    "Return freed memory to the system, where it was kept."
+    _glibc('malloc_trim')(0)

@@ -499,9 +499,11 @@ class Experiment:
         return metrics
 
     def let_go(self):
-        "Free the folder and end the tracker; the next step takes both again."
+        "Free the folder and unused memory, end the tracker; the next step takes them again."
+        from dpo_lab.logprobs import give_memory_back
         self.track.finish()
         self.lock.release()
+        give_memory_back()
 
     def leave(self, metrics):
         "Save the step in hand and interrupt; the next loop over this run begins with it."
@@ -584,7 +586,8 @@ def load_model(
     exp: Experiment, # its config is settled; model and tokenizer are set here
 ):
     "Load the model of a run, where it runs fastest, and check that the disk can hold it."
-    from dpo_lab.logprobs import slow_products, use_exact_products, use_fitting_threads, use_layout
+    from dpo_lab.logprobs import (keep_freed_memory, slow_products, use_exact_products, use_fitting_threads,
+                                  use_layout)
     from dpo_lab.models import load_policy
     c, say = exp.config, exp.say
     exp.model, exp.tokenizer = load_policy(
@@ -593,6 +596,7 @@ def load_model(
     say(f'model      {model_line(exp.model)}')
     if exp.model.device.type == 'cpu':
         say(f'threads    {use_fitting_threads(exp.model)}; {use_exact_products()}')
+        if not c.gradient_checkpointing: keep_freed_memory()
         if c.dtype != 'float32' and (told := slow_products(c.dtype)): say(f'dtype      {told}')
     if c.layout: use_layout(exp.model, c.layout)
     check_disk(exp.model, c, exp.path)

@@ -1,5 +1,6 @@
 "Packed log-probs against plain padded transformers, across architectures."
 import os
+import platform
 import subprocess
 import sys
 import warnings
@@ -328,6 +329,26 @@ def test_importing_the_package_asks_for_large_pages_unless_told_not_to(asked, la
     if asked is not None: env['THP_MEM_ALLOC_ENABLE'] = asked
     done = subprocess.run([sys.executable, '-c', code], env=env, capture_output=True, text=True, check=True)
     assert (done.stdout.strip() == '0') == large
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != 'glibc', reason='freed memory is kept by glibc')
+@pytest.mark.parametrize('own', [{}, {'GLIBC_TUNABLES': ''}])
+def test_freed_memory_is_kept_and_given_back_unless_the_environment_is_of_its_own_mind(own):
+    code = '''if True:
+        import os, torch
+        from dpo_lab.logprobs import give_memory_back, keep_freed_memory
+        def resident(): return int(open('/proc/self/statm').read().split()[1]) * os.sysconf('SC_PAGE_SIZE') / 2**20
+        print(keep_freed_memory())
+        before = resident()
+        some = [torch.ones(2**20) for _ in range(64)]       # 256 MB
+        del some
+        print(resident() - before)
+        give_memory_back()
+        print(resident() - before)'''
+    env = {k: v for k, v in os.environ.items() if k not in L.OWN_MIND} | own
+    done = subprocess.run([sys.executable, '-c', code], env=env, capture_output=True, text=True, check=True)
+    kept, freed, trimmed = done.stdout.split()
+    assert kept == str(not own) and (float(freed) > 200) == (not own) and float(trimmed) < 100
 
 
 def test_a_timed_product_leaves_the_threads_as_they_were():
