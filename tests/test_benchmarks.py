@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from dpo_lab.batches import PairRow
 from dpo_lab.models import load_policy
 from dpo_lab.training import make_optimizer
 
@@ -36,13 +37,21 @@ def test_where_time_goes(tmp_path):
         assert 'the rest' in kinds and all(0 < seconds for seconds in kinds.values())
 
 
-def test_what_an_operation_counts_as():
-    sys.path.insert(0, str(BENCHMARKS))
-    try: from where_time_goes import kind
-    finally: sys.path.remove(str(BENCHMARKS))
+def test_what_an_operation_counts_as(monkeypatch):
+    monkeypatch.syspath_prepend(BENCHMARKS)
+    from where_time_goes import kind
     assert {kind(f'aten::{name}') for name in ('mm', 'addmm', 'addmm_', 'linear')} == {'products of layers and head'}
     assert {kind(f'aten::{name}') for name in ('bmm', 'baddbmm', '_softmax', 'masked_fill_')} == {'attention'}
     assert kind('aten::copy_') == 'casts, copies, gathers' and kind('aten::_log_softmax') == 'the rest'
+
+
+def test_attention_work_counts_the_tokens_that_are_seen(monkeypatch):
+    monkeypatch.syspath_prepend(BENCHMARKS)
+    from where_time_goes import attention_work
+    model, _ = load_policy('tiny')
+    rows = [PairRow([1, 1], [2], [3], [True], [True])]      # 1 + 2 of the prompt, 3 of each completion
+    width = model.config.num_attention_heads * model.config.head_dim
+    assert attention_work(model, rows) == 6 * 2*9*width * model.config.num_hidden_layers / 1e9
 
 
 def test_a_grid_in_lockstep(tmp_path):
@@ -50,10 +59,9 @@ def test_a_grid_in_lockstep(tmp_path):
     assert all(found[way]['seconds'] > 0 and found[way]['gigabytes'] > 0 for way in ('apart', 'turns', 'stacked'))
 
 
-def test_joined_products_are_the_products(tmp_path):
-    sys.path.insert(0, str(BENCHMARKS))
-    try: from joined import KINDS, Joined, ways
-    finally: sys.path.remove(str(BENCHMARKS))
+def test_joined_products_are_the_products(monkeypatch, tmp_path):
+    monkeypatch.syspath_prepend(BENCHMARKS)
+    from joined import KINDS, Joined, ways
     for kind in KINDS:
         made = ways(kind, torch.float64, Joined(tokens=8, rank=2))
         for name in ('full', 'LoRA'):
@@ -69,10 +77,9 @@ def test_joined_products_are_the_products(tmp_path):
 
 
 @pytest.mark.parametrize('dtype', ['float32', 'bfloat16'])
-def test_what_a_step_holds(dtype):
-    sys.path.insert(0, str(BENCHMARKS))
-    try: from memory import held
-    finally: sys.path.remove(str(BENCHMARKS))
+def test_what_a_step_holds(dtype, monkeypatch):
+    monkeypatch.syspath_prepend(BENCHMARKS)
+    from memory import held
     model, _ = load_policy('tiny', dtype=dtype)
     optimizer, weights = make_optimizer(model), [*model.parameters()]
     for p in weights: p.grad = torch.ones_like(p)

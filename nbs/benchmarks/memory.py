@@ -3,16 +3,16 @@
     python nbs/benchmarks/memory.py model_name=path/to/model dataset=pairs.jsonl renderer_name=role_colon
 
 Takes the words of throughput.py, `out=` among them; TRL runs with the first of `micro_batches` and of `attentions`.
-The allocator settings of the environment hold for all.
+The allocator settings of the environment hold for all; where it has none, dpo_lab keeps freed memory as its runs do.
 """
 import json
 import statistics
 
 import chz
-from throughput import Bench, Ours, Peer, Place, add_line, allocator, alone, peak_gb, step_seconds
+from throughput import Bench, Ours, Peer, Place, add_line, alone, machine, peak_gb, step_seconds
 
 from dpo_lab import batches
-from dpo_lab.logprobs import use_exact_products
+from dpo_lab.logprobs import keep_freed_memory, use_exact_products
 from dpo_lab.models import save_memory
 from dpo_lab.training import trainable_weights
 
@@ -42,7 +42,9 @@ def measured(c):
     if c.ways == 'checkpointed':
         save_memory(model)
         model.train()           # which checkpointing asks for
-    elif c.ways.isdigit(): batches.TOKEN_BUDGET = int(c.ways)
+    elif c.ways.isdigit():
+        keep_freed_memory()
+        batches.TOKEN_BUDGET = int(c.ways)
     rows = one.refer(place.rows)
     seconds = [step_seconds(one, [rows[(i + k) % len(rows)] for k in range(c.batch_size)])
                for i in range(0, (c.steps + 1)*c.batch_size, c.batch_size)]
@@ -52,7 +54,7 @@ def measured(c):
 def main(c):
     ways = c.ways.split(',')
     if len(ways) == 1: return print(json.dumps(measured(c)))
-    result = dict(lora_rank=c.lora_rank, dtype=c.dtype, allocator=allocator(), ways={})
+    result = dict(lora_rank=c.lora_rank, dtype=c.dtype, machine=machine(use_exact_products()), ways={})
     for way in ways:
         result['ways'][way] = alone(__file__, c, ways=way)
         print(way, result['ways'][way])

@@ -7,7 +7,7 @@ ways. `trl_tuned`: reference precomputed, micro-batch and attention searched on 
 float32 products and the fused optimiser that dpo_lab uses. `trl_stock`: reference precomputed, one pair at a time, its
 own attention and PyTorch's default products. `trl_documented`: as its documentation starts it, with a live reference,
 the whole batch at once and gradient checkpointing, which is its default. The allocator settings of the environment
-hold for all, and so do the large pages that `import dpo_lab` asks for.
+hold for all, and so do the large pages that `import dpo_lab` asks for and the freed memory that its runs keep.
 """
 import gc
 import json
@@ -26,7 +26,7 @@ import torch
 
 from dpo_lab.batches import collate, encode_pairs, pack
 from dpo_lab.data import load_pairs
-from dpo_lab.logprobs import base_transformer, find_layout, pair_logps, use_exact_products
+from dpo_lab.logprobs import base_transformer, find_layout, keep_freed_memory, pair_logps, use_exact_products
 from dpo_lab.models import load_policy
 from dpo_lab.reference import ReferenceColumn, compute_reference, sizes_of, with_reference
 from dpo_lab.renderers import get_renderer, recommended_renderer
@@ -254,6 +254,7 @@ def search(c):
 
 
 def main(c):
+    keep_freed_memory()
     products, place = use_exact_products(), Place(c)
     if c.contestant:
         kind = Ours(place, place.model()) if c.contestant == 'dpo_lab' else Peer(

@@ -3,16 +3,18 @@
     python nbs/benchmarks/where_time_goes.py model_name=path/to/model dataset=pairs.jsonl renderer_name=role_colon
 
 Takes the words of throughput.py, `out=` among them; TRL runs with the first of `micro_batches` and the first of
-`attentions`. The floor is the time of the products that dpo_lab cannot avoid, at the speed of a large product.
+`attentions`. The floor is the time of the products that no exact step on these tokens can avoid, those of layers and
+head and those of attention, at the speed of a large product.
 """
 import gc
 import json
 
 import chz
-import torch
-from throughput import Bench, Ours, Peer, Place, add_line, peak_gflops, step_seconds, work
+from throughput import Bench, Ours, Peer, Place, add_line, machine, peak_gflops, step_seconds, work
 from torch.profiler import ProfilerActivity, profile
 
+from dpo_lab.attention import tree_mask
+from dpo_lab.batches import collate
 from dpo_lab.logprobs import use_exact_products
 
 KINDS = {'attention': ('bmm', 'aten::_softmax', 'masked_fill', 'scaled_dot_product'),       # the first that fits
@@ -23,6 +25,13 @@ KINDS = {'attention': ('bmm', 'aten::_softmax', 'masked_fill', 'scaled_dot_produ
 def kind(name):
     "What an operation is counted as."
     return next((kind for kind, parts in KINDS.items() if any(part in name for part in parts)), 'the rest')
+
+
+def attention_work(model, rows):
+    "GFLOP of attention: two products forward and four backward, for the tokens that are seen and no others."
+    seen = sum(tree_mask(*part).sum().item() for part in collate(rows).parts)
+    width = model.config.num_attention_heads * model.config.head_dim
+    return 6 * 2 * width * model.config.num_hidden_layers * seen / 1e9
 
 
 def seconds_by_kind(contestant, rows):
@@ -36,11 +45,11 @@ def seconds_by_kind(contestant, rows):
 
 
 def main(c):
-    use_exact_products()
-    place = Place(c)
+    products, place = use_exact_products(), Place(c)
     model, rows = place.model(), place.rows[:c.batch_size]
-    floor = work(c, model, rows) / len(rows) / peak_gflops(next(model.parameters()))
-    result = dict(lora_rank=c.lora_rank, dtype=c.dtype, threads=torch.get_num_threads(), floor=floor, seconds={})
+    speed = peak_gflops(next(model.parameters())) * len(rows)
+    result = dict(lora_rank=c.lora_rank, dtype=c.dtype, machine=machine(products), seconds={},
+                  floor=work(c, model, rows) / speed, attention_floor=attention_work(model, rows) / speed)
     micro, attention = int(c.micro_batches.split(',')[0]), c.attentions.split(',')[0]
     for name, make in {'dpo_lab': Ours, 'TRL, tuned': lambda c, model: Peer(c, model, micro, attention)}.items():
         contestant = make(place, place.model())
