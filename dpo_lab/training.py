@@ -204,11 +204,13 @@ def wilson(
     return middle - half, middle + half
 
 def mean_interval(
-    values: Tensor, # `(B,)` one number for each pair
-) -> tuple[float, float]: # low, high
+    values: Tensor,             # `(B,)` one number for each pair
+    centre: float|None=None,    # of the interval; None: the mean of the values
+) -> tuple[float, float]: # low, high; of a single value unbounded
     "95 % interval of a mean, from the standard error."
+    if centre is None: centre = values.mean().item()
     half = 1.96*values.cpu().double().std().item()/math.sqrt(len(values)) if len(values) > 1 else math.inf
-    return values.mean().item() - half, values.mean().item() + half
+    return centre - half, centre + half
 
 # %% ../nbs/08_training.ipynb #5e841793
 def evaluation_metrics(
@@ -229,14 +231,13 @@ def evaluation_metrics(
     nll = -logps.token_means
     spread = {'dpo_loss': losses, 'chosen_nll': nll[0], 'rejected_nll': nll[1]}
     spread |= {name: (total / logps.lengths).mean(0) for name, total in sums.items()}
-    intervals = {name: mean_interval(values) for name, values in spread.items()}
+    # the token mean is not the mean over pairs: same width, its own centre
+    intervals = {name: mean_interval(values, metrics[name]) for name, values in spread.items()}
     if logps.reference is not None:         # without one there are no rewards
         metrics['kl'] = moved.mean().item()
         intervals |= {'margin': mean_interval(beta*logps.delta), 'accuracy': wilson(metrics['accuracy'], len(losses))}
     for name, (low, high) in intervals.items():
-        # the token mean is not the mean over pairs: same width, its own centre
-        shift = metrics[name] - (low + high)/2 if name.endswith('nll') or name in sums else 0.
-        metrics |= {f'{name}_low': low + shift, f'{name}_high': high + shift}
+        metrics |= {f'{name}_low': low, f'{name}_high': high}
     return metrics
 
 # %% ../nbs/08_training.ipynb #b991cd81

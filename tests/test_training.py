@@ -193,6 +193,12 @@ def test_a_loss_without_a_reference_is_evaluated_without_one():
     assert {'dpo_loss', 'dpo_loss_low', 'nll'} <= metrics.keys() and not {'accuracy', 'margin', 'kl'} & metrics.keys()
 
 
+def test_the_intervals_of_one_held_out_pair_are_unbounded():
+    metrics = evaluate_pairs(random_model('llama'), random_rows(1, empty_prompts=False), loss='simpo')
+    for name in ('nll', 'chosen_nll', 'rejected_nll', 'dpo_loss'):
+        assert (metrics[f'{name}_low'], metrics[f'{name}_high']) == (-math.inf, math.inf)
+
+
 class HostReads(TorchDispatchMode):
     "Which operations made Python wait for a number."
     def __init__(self): super().__init__(); self.names = []
