@@ -4,8 +4,9 @@
 
 # %% auto #0
 __all__ = ['GROUP_AREA', 'GROUP_WASTE', 'BLOCK', 'KEEP_WEIGHTS', 'ATTENTIONS', 'CLOSE', 'tree_mask', 'pair_attention',
-           'groups_of', 'AttentionPlan', 'attention_plan', 'at_least_float32', 'attend_in_blocks', 'block_mask',
-           'attend_flex', 'VarlenPlan', 'varlen_plan', 'attend_varlen', 'attention_error', 'find_attention']
+           'stripes_of', 'groups_of', 'AttentionPlan', 'attention_plan', 'at_least_float32', 'attend_in_blocks',
+           'block_mask', 'attend_flex', 'VarlenPlan', 'varlen_plan', 'attend_varlen', 'attention_error',
+           'find_attention']
 
 # %% ../nbs/04c_attention.ipynb #f6946b64
 from collections.abc import Sequence
@@ -57,6 +58,13 @@ def pair_attention(
 GROUP_AREA = {'cpu': 2**17, 'cuda': 2**25}  # most scores of a head in one group
 GROUP_WASTE = 1.3                           # most scores computed for one that is needed
 
+def stripes_of(
+    entries: int,   # of a batched product
+    threads: int,   # that share it
+) -> int: # parts that each entry is split into, as few as keep the threads busy nine tenths of the time
+    "How finely entries are split, so that they come out even on the threads."
+    return next(s for s in range(1, threads + 1) if entries*s >= .9*threads * -(-entries*s // threads))
+
 def groups_of(
     lengths: list[int], # tokens of each pair
     area: int,          # most scores of a head in a group of several
@@ -74,20 +82,18 @@ def groups_of(
 # %% ../nbs/04c_attention.ipynb #05880447
 @dataclass(frozen=True)
 class AttentionPlan:
-    "Which tokens of a packed row are attended to together; P places, T tokens, K key heads."
+    "Which tokens of a packed row are attended to together; P places, T tokens, K key heads, s stripes."
     places: Tensor          # `(K*P,)` for each place the token and key head that are there, as `token*K + head`
     back: Tensor            # `(T*K,)` the place of each
-    bias: list[Tensor]      # for each group `(n, L, L)`, what is added to scores: 0, or -inf where a row may not see
-    padding: Tensor|None    # `(K*P, 1)` bool, the places that pad (they repeat a token); None: there are none
+    bias: list[Tensor]      # for each group `(n*s, L/s, L)`, added to scores: 0, or -inf where a row may not see
     heads: int              # K
 
     @property
-    def shapes(self) -> list[tuple[int, int]]: return [(len(b), b.shape[-1]) for b in self.bias]
+    def shapes(self) -> list[tuple[int, int]]: return [(b.shape[0], b.shape[1]) for b in self.bias]     # n*s, L/s
 
-    def groups(self, x: Tensor) -> list[Tensor]: # of `(H, T, D)`, for each group `(K*n, L*H/K, D)`
+    def groups(self, x: Tensor) -> list[Tensor]: # of `(H, T, D)`, for each group `(K*n*s, L/s*H/K, D)`
         "Pairs that are attended to together; the heads of a token that share a key are neighbours."
         rows = x.transpose(0, 1).reshape(len(self.back), -1).index_select(0, self.places)
-        if self.padding is not None: rows.masked_fill_(self.padding, 0.)
         parts = rows.split([self.heads*n*L for n, L in self.shapes])
         return [part.view(self.heads*n, -1, x.shape[-1]) for part, (n, _) in zip(parts, self.shapes)]
 
@@ -104,23 +110,25 @@ def attention_plan(
     window: int|None=None,              # how far back a layer looks
     device: torch.device|str='cpu',     # where the plan is used
     dtype: torch.dtype=torch.float32,   # of the scores
+    threads: int=1,                     # that share a product
 ) -> AttentionPlan:
     "Groups of pairs, where their tokens are, and who sees whom."
     lengths, area = [sum(part) for part in parts], GROUP_AREA.get(torch.device(device).type, GROUP_AREA['cuda'])
     starts, places, bias = [0, *accumulate(lengths)], [], []
     def moved(x): return x.to(device, non_blocking=torch.device(device).type == 'cuda')     # waits for no GPU
     for group in groups_of(lengths, area):
-        L = lengths[group[-1]]
+        s = stripes_of(heads*len(group), threads)
+        L = -(-lengths[group[-1]] // s) * s
         here = [F.pad(torch.arange(starts[b], starts[b+1])*heads, (0, L - lengths[b]), value=-heads) for b in group]
-        places += [torch.cat(here) + head for head in range(heads)]
+        places += [torch.cat(here).view(-1, L//s, s).mT.flatten() + head for head in range(heads)]
         seen = torch.eye(L, dtype=torch.bool).repeat(len(group), 1, 1)          # a place that pads sees itself
         for mask, b in zip(seen, group): mask[:lengths[b], :lengths[b]] = tree_mask(*parts[b], window=window)
+        seen = seen.view(-1, L//s, s, L).transpose(1, 2).flatten(0, 1)
         bias.append(moved(torch.zeros(seen.shape, dtype=dtype).masked_fill_(~seen, -torch.inf)))
     flat = torch.cat(places)
     used = (flat >= 0).nonzero().squeeze(1)
     back = torch.empty(heads*sum(lengths), dtype=torch.long).index_copy_(0, flat[used], used)
-    padding = None if len(used) == len(flat) else moved((flat < 0)[:, None])
-    return AttentionPlan(moved(flat.clamp(min=0)), moved(back), bias, padding, heads)
+    return AttentionPlan(moved(flat.clamp(min=0)), moved(back), bias, heads)
 
 # %% ../nbs/04c_attention.ipynb #b440ddc9
 def at_least_float32(x: Tensor) -> Tensor:
@@ -130,21 +138,32 @@ def at_least_float32(x: Tensor) -> Tensor:
 BLOCK = {'cpu': 128, 'cuda': 512}   # tokens of a pair that attend in one product
 KEEP_WEIGHTS = 8 * 2**20            # bytes of a row's weights that a layer keeps for the way back, recomputed beyond
 
-def _blocks(k: Tensor) -> list[tuple[int, int]]:
-    size, L = BLOCK.get(k.device.type, BLOCK['cuda']), k.shape[1]
-    return [(start, min(start + size, L)) for start in range(0, L, size)]
+def _keys(x: Tensor, s: int) -> Tensor: # `(n*s, L, D)`
+    "Keys or values `(n*s, L/s, D)` of all stripes in their order, once for each stripe."
+    return x.view(-1, 1, s, *x.shape[1:]).transpose(2, 3).expand(-1, s, -1, -1, -1).reshape(len(x), -1, x.shape[-1])
 
-def _weights(q: Tensor, k: Tensor, bias: Tensor, scaling: float, start: int, end: int) -> Tensor:
+def _keys_back(grad: Tensor, s: int) -> Tensor: # `(n*s, L/s, D)`
+    "The way back."
+    whole = grad.view(-1, s, grad.shape[1]//s, s, grad.shape[-1]).sum(1)
+    return whole.transpose(1, 2).reshape(len(grad), -1, grad.shape[-1])
+
+def _blocks(bias: Tensor) -> list[tuple[int, int, int]]:
+    "Where blocks begin and end in each stripe, and how many keys they see."
+    rows, L = bias.shape[1:]
+    size = max(1, BLOCK.get(bias.device.type, BLOCK['cuda']) * rows // L)
+    return [(start, end, end * (L//rows)) for start in range(0, rows, size) for end in [min(start + size, rows)]]
+
+def _weights(q: Tensor, k: Tensor, bias: Tensor, start: int, end: int, keys: int) -> Tensor:
     "Attention weights of a block of a group's queries."
-    share = q.shape[1] // k.shape[1]
-    rows = q[:, start*share:end*share]
-    scores = torch.baddbmm(q.new_zeros(1, 1, 1), rows, k[:, :end].mT, beta=0, alpha=scaling)
-    scores.view(-1, len(bias), end - start, share, end).add_(bias[:, start:end, None, :end])
+    share = q.shape[1] // bias.shape[1]
+    scores = q[:, start*share:end*share] @ k[:, :keys].mT
+    scores.view(-1, len(bias), end - start, share, keys).add_(bias[:, start:end, None, :keys])
     return scores.softmax(-1, dtype=torch.promote_types(scores.dtype, torch.float32)).to(k.dtype)
 
-def _attend(q: Tensor, k: Tensor, v: Tensor, bias: Tensor, scaling: float) -> tuple[Tensor, list[Tensor]]:
+def _attend(q: Tensor, k: Tensor, v: Tensor, bias: Tensor) -> tuple[Tensor, list[Tensor]]:
     "Output of a group, and the weights of its blocks."
-    weights = [_weights(q, k, bias, scaling, *block) for block in _blocks(k)]
+    k, v = (_keys(x, bias.shape[2] // bias.shape[1]) for x in (k, v))
+    weights = [_weights(q, k, bias, *block) for block in _blocks(bias)]
     return torch.cat([w @ v[:, :w.shape[-1]] for w in weights], 1), weights
 
 # %% ../nbs/04c_attention.ipynb #5c1e9a70
@@ -154,19 +173,20 @@ def _onto(total: Tensor|None, x: Tensor) -> Tensor:
     total[:, :x.shape[1]] += x
     return total
 
-def _attend_back(g: Tensor, along: Tensor, q: Tensor, k: Tensor, v: Tensor, known: list[Tensor], bias: Tensor,
-                 scaling: float):
-    "Gradients of q, k and v of a group, from that of its output, `along` the row sums of both, and weights if known."
-    share, grad_q, blocks = q.shape[1] // k.shape[1], [], _blocks(k)
+def _attend_back(g: Tensor, q: Tensor, k: Tensor, v: Tensor, known: list[Tensor], bias: Tensor):
+    "Gradients of q, k and v of a group, from that of its output, and weights if known."
+    s, share, grad_q, blocks = bias.shape[2] // bias.shape[1], q.shape[1] // bias.shape[1], [], _blocks(bias)
+    k, v = _keys(k, s), _keys(v, s)
     grad_k = grad_v = None
-    for i, (start, end) in [*enumerate(blocks)][::-1]:      # the last block has every key
-        rows, keys = slice(start*share, end*share), slice(end)
-        weights = known[i] if known else _weights(q, k, bias, scaling, start, end)
-        d = (g[:, rows] @ v[:, keys].mT).sub_(along[:, rows]).mul_(weights)
-        grad_q.append(torch.baddbmm(q.new_zeros(1, 1, 1), d, k[:, keys], beta=0, alpha=scaling))
-        grad_k = _onto(grad_k, torch.baddbmm(q.new_zeros(1, 1, 1), d.mT, q[:, rows], beta=0, alpha=scaling))
+    for i, (start, end, keys) in [*enumerate(blocks)][::-1]:        # the last block has every key
+        rows = slice(start*share, end*share)
+        weights = known[i] if known else _weights(q, k, bias, start, end, keys)
+        d = g[:, rows] @ v[:, :keys].mT
+        d = torch.ops.aten._softmax_backward_data(d, weights, -1, d.dtype)
+        grad_q.append(d @ k[:, :keys])
+        grad_k = _onto(grad_k, d.mT @ q[:, rows])
         grad_v = _onto(grad_v, weights.mT @ g[:, rows])
-    return torch.cat(grad_q[::-1], 1), cast(Tensor, grad_k).to(k.dtype), cast(Tensor, grad_v).to(v.dtype)
+    return torch.cat(grad_q[::-1], 1), *(_keys_back(cast(Tensor, x), s).to(k.dtype) for x in (grad_k, grad_v))
 
 # %% ../nbs/04c_attention.ipynb #b8fb5e34
 class _PackedAttention(torch.autograd.Function):
@@ -175,8 +195,8 @@ class _PackedAttention(torch.autograd.Function):
 
     @staticmethod
     def forward(query, key, value, plan, scaling):
-        groups = [*zip(*(plan.groups(x) for x in (query, key, value)))]
-        found = [_attend(q, k, v, bias, scaling) for (q, k, v), bias in zip(groups, plan.bias)]
+        groups = [*zip(*(plan.groups(x) for x in (query * scaling, key, value)))]
+        found = [_attend(q, k, v, bias) for (q, k, v), bias in zip(groups, plan.bias)]
         keep = sum(w.nbytes for _, weights in found for w in weights) <= KEEP_WEIGHTS
         kept = (x for qkv, (_, weights) in zip(groups, found) for x in (*qkv, *(weights if keep else ())))
         return plan.whole([out for out, _ in found]), *kept
@@ -184,19 +204,20 @@ class _PackedAttention(torch.autograd.Function):
     @staticmethod
     def setup_context(ctx, inputs, output):
         *_, ctx.plan, ctx.scaling = inputs
+        ctx.set_materialize_grads(False)        # no zeros in the shape of the weights
         ctx.mark_non_differentiable(*output[1:])
-        ctx.save_for_backward(*output)
+        ctx.save_for_backward(*output[1:])
 
     @staticmethod
     def backward(ctx, grad, *_):
-        out, *rest = ctx.saved_tensors
-        kept, again, found = iter(rest), len(rest) == 3*len(ctx.plan.bias), []
-        along = ctx.plan.groups((grad * out).sum(-1, keepdim=True).transpose(0, 1))
-        for g, a, bias in zip(ctx.plan.groups(grad.transpose(0, 1)), along, ctx.plan.bias):
+        saved, found = ctx.saved_tensors, []
+        kept, again = iter(saved), len(saved) == 3*len(ctx.plan.bias)
+        for g, bias in zip(ctx.plan.groups(grad.transpose(0, 1)), ctx.plan.bias):
             q, k, v = islice(kept, 3)
-            known = [] if again else list(islice(kept, len(_blocks(k))))
-            found.append(_attend_back(g, a, q, k, v, known, bias, ctx.scaling))
-        return *(ctx.plan.whole(list(gs)).transpose(0, 1) for gs in zip(*found)), None, None
+            known = [] if again else list(islice(kept, len(_blocks(bias))))
+            found.append(_attend_back(g, q, k, v, known, bias))
+        q, k, v = (ctx.plan.whole(list(gs)).transpose(0, 1) for gs in zip(*found))
+        return q * ctx.scaling, k, v, None, None
 
 # %% ../nbs/04c_attention.ipynb #4fd86961
 def attend_in_blocks(
@@ -209,8 +230,9 @@ def attend_in_blocks(
     softcap: float|None=None,   # squashes scores to within plus or minus this
 ) -> Tensor: # `(T, H, D)`
     "Attention within each packed pair, as batched products."
-    made = 'blocks', key.shape[0], window, query.dtype
-    plan = batch.once(made, lambda: attention_plan(batch.parts, key.shape[0], window, query.device, query.dtype))
+    threads = torch.get_num_threads() if query.device.type == 'cpu' and softcap is None else 1
+    made = key.shape[0], window, query.device, query.dtype, threads
+    plan = batch.once(('blocks', *made), lambda: attention_plan(batch.parts, *made))
     if softcap is None: return _PackedAttention.apply(query, key, value, plan, scaling)[0]
     def squashed(q, k, v, bias):
         q, hidden = q.unflatten(1, (k.shape[1], -1)).transpose(1, 2), bias.repeat(plan.heads, 1, 1)[:, None, None] < 0

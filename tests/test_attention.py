@@ -70,6 +70,19 @@ def test_weights_computed_again_give_the_same_gradients(monkeypatch):
     assert with_weights > 0 == without and all(torch.equal(a, b) for a, b in zip(found, expected))
 
 
+@settings(deadline=None)
+@given(st.lists(st.tuples(*[st.integers(0, 30)]*3).filter(any), min_size=1, max_size=4), st.none() | st.integers(1, 9),
+       st.integers(2, 9))
+def test_stripes_change_no_number(parts, window, threads):
+    T = sum(map(sum, parts))
+    leaves = [torch.randn(heads, T, 4, dtype=torch.float64, requires_grad=True) for heads in (6, 3, 3)]
+    def outcome(threads):
+        plan = A.attention_plan(parts, heads=3, window=window, dtype=torch.float64, threads=threads)
+        out = A._PackedAttention.apply(*leaves, plan, .3)[0]
+        return out, *torch.autograd.grad(out.pow(3).sum(), leaves)
+    for plain, striped in zip(outcome(1), outcome(threads)): assert torch.allclose(plain, striped, atol=1e-10)
+
+
 @pytest.mark.parametrize('window', [None, 2, 20])
 def test_an_attention_agrees_with_the_blocks(kernel, window):
     assert attention_error(kernel, 4, 2, 16, window, backward=kernel == 'varlen') < 1e-5
