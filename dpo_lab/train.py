@@ -596,7 +596,7 @@ def load_model(
     say(f'model      {model_line(exp.model)}')
     if exp.model.device.type == 'cpu':
         say(f'threads    {use_fitting_threads(exp.model)}; {use_exact_products()}')
-        if not c.gradient_checkpointing: keep_freed_memory()
+        keep_freed_memory()
         if c.dtype != 'float32' and (told := slow_products(c.dtype)): say(f'dtype      {told}')
     if c.layout: use_layout(exp.model, c.layout)
     check_disk(exp.model, c, exp.path)

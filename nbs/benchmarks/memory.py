@@ -38,13 +38,13 @@ def measured(c):
     model = place.model()
     kept = held(model)
     if c.ways == 'trl': one = Peer(place, model, int(c.micro_batches.split(',')[0]), c.attentions.split(',')[0])
-    else: one = Ours(place, model)
+    else:
+        keep_freed_memory()
+        one = Ours(place, model)
     if c.ways == 'checkpointed':
         save_memory(model)
         model.train()           # which checkpointing asks for
-    elif c.ways.isdigit():
-        keep_freed_memory()
-        batches.TOKEN_BUDGET = int(c.ways)
+    elif c.ways.isdigit(): batches.TOKEN_BUDGET = int(c.ways)
     rows = one.refer(place.rows)
     seconds = [step_seconds(one, [rows[(i + k) % len(rows)] for k in range(c.batch_size)])
                for i in range(0, (c.steps + 1)*c.batch_size, c.batch_size)]
