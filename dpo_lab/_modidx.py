@@ -22,6 +22,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                    'dpo_lab.attention._keys': ('attention.html#_keys', 'dpo_lab/attention.py'),
                                    'dpo_lab.attention._keys_back': ('attention.html#_keys_back', 'dpo_lab/attention.py'),
                                    'dpo_lab.attention._onto': ('attention.html#_onto', 'dpo_lab/attention.py'),
+                                   'dpo_lab.attention._stripes': ('attention.html#_stripes', 'dpo_lab/attention.py'),
                                    'dpo_lab.attention._weights': ('attention.html#_weights', 'dpo_lab/attention.py'),
                                    'dpo_lab.attention.at_least_float32': ('attention.html#at_least_float32', 'dpo_lab/attention.py'),
                                    'dpo_lab.attention.attend_flex': ('attention.html#attend_flex', 'dpo_lab/attention.py'),

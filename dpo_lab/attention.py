@@ -138,6 +138,8 @@ def at_least_float32(x: Tensor) -> Tensor:
 BLOCK = {'cpu': 128, 'cuda': 512}   # tokens of a pair that attend in one product
 KEEP_WEIGHTS = 8 * 2**20            # bytes of a row's weights that a layer keeps for the way back, recomputed beyond
 
+def _stripes(bias: Tensor) -> int: return bias.shape[2] // bias.shape[1]
+
 def _keys(x: Tensor, s: int) -> Tensor: # `(n*s, L, D)`
     "Keys or values `(n*s, L/s, D)` of all stripes in their order, once for each stripe."
     return x.view(-1, 1, s, *x.shape[1:]).transpose(2, 3).expand(-1, s, -1, -1, -1).reshape(len(x), -1, x.shape[-1])
@@ -149,9 +151,9 @@ def _keys_back(grad: Tensor, s: int) -> Tensor: # `(n*s, L/s, D)`
 
 def _blocks(bias: Tensor) -> list[tuple[int, int, int]]:
     "Where blocks begin and end in each stripe, and how many keys they see."
-    rows, L = bias.shape[1:]
-    size = max(1, BLOCK.get(bias.device.type, BLOCK['cuda']) * rows // L)
-    return [(start, end, end * (L//rows)) for start in range(0, rows, size) for end in [min(start + size, rows)]]
+    rows, s = bias.shape[1], _stripes(bias)
+    size = max(1, BLOCK.get(bias.device.type, BLOCK['cuda']) // s)
+    return [(start, end, end*s) for start in range(0, rows, size) for end in [min(start + size, rows)]]
 
 def _weights(q: Tensor, k: Tensor, bias: Tensor, start: int, end: int, keys: int) -> Tensor:
     "Attention weights of a block of a group's queries."
@@ -162,7 +164,7 @@ def _weights(q: Tensor, k: Tensor, bias: Tensor, start: int, end: int, keys: int
 
 def _attend(q: Tensor, k: Tensor, v: Tensor, bias: Tensor) -> tuple[Tensor, list[Tensor]]:
     "Output of a group, and the weights of its blocks."
-    k, v = (_keys(x, bias.shape[2] // bias.shape[1]) for x in (k, v))
+    k, v = (_keys(x, _stripes(bias)) for x in (k, v))
     weights = [_weights(q, k, bias, *block) for block in _blocks(bias)]
     return torch.cat([w @ v[:, :w.shape[-1]] for w in weights], 1), weights
 
@@ -175,7 +177,7 @@ def _onto(total: Tensor|None, x: Tensor) -> Tensor:
 
 def _attend_back(g: Tensor, q: Tensor, k: Tensor, v: Tensor, known: list[Tensor], bias: Tensor):
     "Gradients of q, k and v of a group, from that of its output, and weights if known."
-    s, share, grad_q, blocks = bias.shape[2] // bias.shape[1], q.shape[1] // bias.shape[1], [], _blocks(bias)
+    s, share, grad_q, blocks = _stripes(bias), q.shape[1] // bias.shape[1], [], _blocks(bias)
     k, v = _keys(k, s), _keys(v, s)
     grad_k = grad_v = None
     for i, (start, end, keys) in [*enumerate(blocks)][::-1]:        # the last block has every key
